@@ -1,0 +1,1 @@
+"""The commands of `llorch`: one module each, imported only when it runs."""

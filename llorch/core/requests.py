@@ -1,0 +1,81 @@
+"""What the engine takes and gives: requests in, events out. Plain data, no threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from llorch.errors import LlorchError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen; names, order and semantics are llama.cpp's. Off by default but for temperature."""
+
+    temperature: float = 1.0  # below 1e-6: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over the last `penalty_window` tokens of prompt and output
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    penalty_window: int = 64
+    seed: int | None = None  # None: drawn, and reported in Started
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-6
+
+    @property
+    def penalised(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One generation. `max_tokens` beyond the room that the context leaves is cut to it."""
+
+    job_id: str
+    prompt: tuple[int, ...]  # token ids, BOS included
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+class StopReason(StrEnum):
+    MAX_TOKENS = "MAX_TOKENS"
+    EOS = "EOS"
+    STOP_SEQUENCE = "STOP_SEQUENCE"
+
+
+@dataclass(frozen=True)
+class Started:
+    """The job runs for the first time: its first prompt chunk is in this step."""
+
+    started_at: float  # seconds since the epoch
+    seed: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """Text that became certain. Whole characters only; `index` counts these events from 0 without a gap."""
+
+    text: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    reason: StopReason
+    tokens_out: int
+    decode_seconds: float  # from the first token to the last
+    stop_sequence: str | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    error: LlorchError
+
+
+Event = Started | Token | Ended | Failed

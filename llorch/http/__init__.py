@@ -1,0 +1,1 @@
+"""The HTTP side of llorch: the worker contract over Litestar."""
