@@ -6,7 +6,7 @@ for that site, or None to decline. Kernels are called millions of times, so they
 
 - write into their first argument, allocate no device memory, return nothing and never synchronise;
 - get activations as [T, width] float32 tensors, where T <= spec.max_tokens varies from call to call;
-- may be given an `out` that aliases an input only in `add` and in the first two arguments of `add_rmsnorm`.
+- may be given an `out` that aliases an input only in `add`.
 
 T tokens of S sequences travel together (a ragged batch), so prefill, chunked prefill and batched decode are one call.
 """
@@ -46,7 +46,7 @@ class Tensor(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class OpSpec:
-    """Label and layer say where the site is and take no part in equality, so a provider can memoise what it compiles."""
+    """Label and layer say where the site is; they take no part in equality, so a provider can memoise compiled code."""
 
     max_tokens: int  # the largest T this site will see
     label: str = field(default="", compare=False)
@@ -191,7 +191,7 @@ class LayerOps:
 
     @hookspec(firstresult=True)
     def add_rmsnorm(self, device: Device, spec: AddRMSNormSpec) -> Kernel | None:
-        """kernel(x, out, y, weight): x += y, then out = rmsnorm(x) * weight"""
+        """kernel(out, x, y, weight): x += y in place, then out = rmsnorm(x) * weight"""
 
     @hookspec(firstresult=True)
     def matmul_group(self, device: Device, spec: MatmulGroupSpec) -> Kernel | None:
@@ -233,7 +233,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class HostWeight:
-    """A tensor of the model file as it lies there: raw GGUF blocks over a read-only memory map that outlives the device."""
+    """A tensor as it lies in the model file: raw GGUF blocks over a read-only memory map that outlives the device."""
 
     name: str
     shape: tuple[int, ...]  # (rows, cols), or (dim,) for a vector; row-major
