@@ -71,6 +71,7 @@ class Ended:
     tokens_out: int
     decode_seconds: float  # from the first token to the last
     stop_sequence: str | None = None
+    tokens: tuple[int, ...] = ()  # the ids of all tokens_out
 
 
 @dataclass(frozen=True)

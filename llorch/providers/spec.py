@@ -52,6 +52,11 @@ class OpSpec:
     label: str = field(default="", compare=False)
     layer: int | None = field(default=None, compare=False)
 
+    @property
+    def outputs(self) -> tuple[tuple[str, int], ...]:
+        """(label, index of the argument it names) of all that a kernel of this site writes."""
+        return ((self.label, 0),)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedSpec(OpSpec):
@@ -122,16 +127,28 @@ class AddRMSNormSpec(OpSpec):
     add: AddSpec
     norm: RMSNormSpec
 
+    @property
+    def outputs(self) -> tuple[tuple[str, int], ...]:
+        return ((self.norm.label, 0), (self.add.label, 1))
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulGroupSpec(OpSpec):
     parts: tuple[MatmulSpec, ...]  # products of one x
+
+    @property
+    def outputs(self) -> tuple[tuple[str, int], ...]:
+        return tuple((part.label, i) for i, part in enumerate(self.parts))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopePairSpec(OpSpec):
     q: RopeSpec
     k: RopeSpec
+
+    @property
+    def outputs(self) -> tuple[tuple[str, int], ...]:
+        return ((self.q.label, 0), (self.k.label, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,15 +235,17 @@ OPTIONAL = ("add_rmsnorm", "matmul_group", "rope_pair", "gate_up_swiglu", "topk"
 
 
 class Step(NamedTuple):
-    """An entry of a plan: `kernel(*args)`, whose first argument is what the label names."""
+    """An entry of a plan: `kernel(*args)`; the spec says which of them it writes, and under which labels.
+
+    A kernel may have an attribute `steps(*args) -> Sequence[Step]`: entries that core puts in its place when it builds
+    a plan. Decompositions keep their labels that way, and a provider may prebind arguments: a step that carries the
+    site's own spec is known by the arguments that core gave, whatever its own are.
+    """
 
     kernel: Kernel
     args: tuple[Any, ...]
-    label: str
+    spec: OpSpec
 
-
-# A kernel may have an attribute `steps(*args) -> Sequence[Step]`: entries that core puts in its place when it builds a
-# plan. Decompositions keep their labels that way, and a provider may prebind arguments.
 
 # ---- devices -----------------------------------------------------------------------------------------------------
 
@@ -322,6 +341,13 @@ class DeviceInfo:
     memory_architecture: str  # "cpu", "cuda", "opencl", ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """What a user may set about a device; a provider takes what concerns it."""
+
+    threads: int | None = None  # CPU threads; None: the provider's choice
+
+
 class Device(Protocol):
     """An opened device. One thread at a time calls it."""
 
@@ -348,6 +374,9 @@ class Device(Protocol):
 
     def weight(self, host_weight: HostWeight) -> Any:
         """Takes a weight, once per tensor with the set of all its uses; may repack. Kernels get what it returns."""
+
+    def weight_bytes(self, weight: Any) -> int:
+        """Bytes that a product reads of what `weight` returned."""
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """Uninitialised memory; dtype is "float32" or "int32"."""
@@ -392,7 +421,7 @@ class Provider(Protocol):
     def devices(self) -> Sequence[DeviceInfo]:
         """Raises ProviderUnavailableError with the reason and the next command where there is none."""
 
-    def open(self, device: str | None = None) -> Device:
+    def open(self, device: str | None = None, options: DeviceOptions | None = None) -> Device:
         """Opens a device by name, the best one by default."""
 
     def operations(self) -> object:

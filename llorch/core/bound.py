@@ -1,0 +1,168 @@
+"""A model's graph bound to a device: weights, cache, plans. Token ids in, logits out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from llorch.core.binder import Binder
+from llorch.core.cache import BlockAllocator
+from llorch.core.config import ModelConfig
+from llorch.core.loader import LoadedWeights, architecture
+from llorch.core.plan import Graph, Limits
+from llorch.core.runner import Chunk, Runner, batch_shapes, make_batch
+from llorch.errors import ContextOverflowError, InvalidRequestError, SettingsError
+from llorch.providers.spec import CacheSpec, Device, Provider
+
+CANDIDATES = (1, 64)  # sizes of the device's own choice of the largest logits: greedy, and common values of top_k
+
+
+class BoundModel:
+    """One thread at a time may use it: whoever calls holds `turn`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        provider: Provider,
+        device: Device,
+        weights: LoadedWeights,
+        limits: Limits,
+        cache_type: str | None,
+    ) -> None:
+        self.config, self.provider, self.device, self.weights, self.limits = config, provider, device, weights, limits
+        self.turn = threading.RLock()
+        self.cache_spec = _cache_spec(config, limits, device, cache_type, provider.name)
+        self._cache = device.kv_cache(self.cache_spec)
+        self.allocator = BlockAllocator(self.cache_spec.blocks, self.cache_spec.block_size)
+        self._inputs = device.inputs(batch_shapes(limits, self.allocator.blocks_for(limits.max_context)))
+        self._batch = make_batch(self._inputs)
+        self._logits = np.empty((limits.max_outputs, config.vocab_size), np.float32)
+        self.runner, self.counts = self._bind(fused=True)
+        self._unfused: Runner | None = None
+
+    def _bind(self, *, fused: bool) -> tuple[Runner, str]:
+        binder = Binder(self.device, self.provider.operations(), self.provider.name, fused=fused)
+        graph = Graph(binder, self.weights.bound, self.limits, self._cache, self.cache_spec, self._inputs, self._batch)
+        architecture(self.config).build(self.config, graph, self.weights.host.get("rope_freqs.weight"))
+        for k in CANDIDATES:
+            if k <= self.config.vocab_size:
+                graph.candidates(graph.logits, k)
+        counts = binder.finish()
+        return Runner(self.device, graph, self._logits, self.limits, self.cache_spec.block_size), counts
+
+    def _unfused_runner(self) -> Runner:
+        if self._unfused is None:
+            self._unfused, _ = self._bind(fused=False)
+        return self._unfused
+
+    def sequence(self, tokens: int) -> Blocks:
+        """Cache blocks for this many tokens, for the length of a `with`."""
+        if not tokens:
+            raise InvalidRequestError("the prompt has no tokens: send at least one")
+        if tokens > self.limits.max_context:
+            raise ContextOverflowError(
+                f"{tokens} tokens are more than the context of {self.limits.max_context}: shorten the prompt"
+            )
+        return Blocks(self.allocator, tokens)
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits [T, vocab] of every position."""
+        found = np.empty((len(tokens), self.config.vocab_size), np.float32)
+        step = min(self.limits.max_tokens, self.limits.max_outputs)
+        with self.turn, self.sequence(len(tokens)) as blocks:
+            for start in range(0, len(tokens), step):
+                part = tokens[start : start + step]
+                chunk = Chunk(part, start, blocks, outputs=len(part))
+                found[start : start + len(part)] = self.runner.logits([chunk])
+        return found
+
+    def checkpoints(
+        self, tokens: Sequence[int], labels: Sequence[str], *, fused: bool
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """What the labelled steps of one forward pass write, read right after each (buffers are reused)."""
+        most = min(self.limits.max_tokens, self.limits.max_outputs)
+        if not 0 < len(tokens) <= most:
+            raise InvalidRequestError(f"checkpoints are of one step: {len(tokens)} tokens given, 1 to {most} fit")
+        found: dict[str, npt.NDArray[np.float32]] = {}
+        runner = self.runner if fused else self._unfused_runner()
+        with self.turn, self.sequence(len(tokens)) as blocks:
+            entries = runner.entries([Chunk(tokens, 0, blocks, outputs=len(tokens))])
+            known = {label for entry in entries for label, _ in entry.outputs}
+            if missing := [label for label in labels if label not in known]:
+                raise InvalidRequestError(f"the plan has no label {missing[0]!r}; it has: {', '.join(sorted(known))}")
+            for kernel, args, outputs in entries:
+                kernel(*args)
+                for label, tensor in outputs:
+                    if label in labels:
+                        found[label] = np.empty(tensor.shape, np.float32)
+                        self.device.read(tensor, found[label])
+        return found
+
+    # ---- measuring ----
+
+    def time_prefill(self, tokens: int) -> float:
+        """Seconds to process a prompt of this many tokens, in chunks as served."""
+        ids = self._random_tokens(tokens)
+        with self.turn, self.sequence(tokens) as blocks:
+            start = time.perf_counter()
+            for at in range(0, tokens, self.limits.max_tokens):
+                part = ids[at : at + self.limits.max_tokens]
+                self.runner.logits([Chunk(part, at, blocks, outputs=int(at + len(part) == tokens))])
+            return time.perf_counter() - start
+
+    def time_decode(self, tokens: int, context: int = 0) -> float:
+        """Seconds to decode this many tokens of one sequence, one at a time, behind `context` others."""
+        ids = self._random_tokens(context + tokens)
+        with self.turn, self.sequence(context + tokens) as blocks:
+            for at in range(0, context, self.limits.max_tokens):
+                part = ids[at : min(at + self.limits.max_tokens, context)]
+                self.runner.logits([Chunk(part, at, blocks, outputs=0)])
+            start = time.perf_counter()
+            for at in range(context, context + tokens):
+                self.runner.logits([Chunk(ids[at : at + 1], at, blocks)])
+            return time.perf_counter() - start
+
+    def _random_tokens(self, count: int) -> list[int]:
+        return [int(t) for t in np.random.default_rng(0).integers(0, self.config.vocab_size, count)]
+
+
+class Blocks:
+    """Cache blocks for the length of a `with`."""
+
+    def __init__(self, allocator: BlockAllocator, tokens: int) -> None:
+        self._allocator, self._tokens = allocator, tokens
+
+    def __enter__(self) -> list[int]:
+        blocks = self._allocator.allocate(self._allocator.blocks_for(self._tokens))
+        if blocks is None:
+            raise ContextOverflowError(
+                f"{self._tokens} tokens need {self._allocator.blocks_for(self._tokens)} cache blocks, "
+                f"{self._allocator.free} are free: wait for running requests, or load with a larger parallel"
+            )
+        self._blocks = blocks
+        return blocks
+
+    def __exit__(self, *_exc: object) -> None:
+        self._allocator.release(self._blocks)
+
+
+def _cache_spec(config: ModelConfig, limits: Limits, device: Device, cache_type: str | None, name: str) -> CacheSpec:
+    dtype = cache_type or device.cache_dtypes[0]
+    if dtype not in device.cache_dtypes:
+        raise SettingsError(
+            f"cache type {dtype!r} is not offered by provider {name}; it offers {', '.join(device.cache_dtypes)}"
+        )
+    block_size = device.block_sizes[0]
+    blocks = limits.max_sequences * -(-limits.max_context // block_size)
+    return CacheSpec(
+        layers=config.n_layers,
+        kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        block_size=block_size,
+        blocks=blocks + 1,  # block 0 takes what padding writes
+        dtype=dtype,
+    )

@@ -1,0 +1,401 @@
+"""The engine: takes requests, packs the tokens of all that run into one ragged batch a step, gives events."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from llorch.core.detokenizer import IncrementalDetokenizer
+from llorch.core.requests import Ended, Event, Failed, Request, Started, StopReason, Token
+from llorch.core.runner import Chunk
+from llorch.core.sampling import Sampler
+from llorch.errors import (
+    CancelledError,
+    EngineError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    JobExistsError,
+    LlorchError,
+    QueueFullError,
+    QueueTimeoutError,
+)
+
+if TYPE_CHECKING:
+    from llorch.core.llm import LLM
+
+log = logging.getLogger(__name__)
+
+Emit = Callable[[Event], None]
+
+
+@dataclass
+class EngineStats:
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    device_bytes: int = 0  # weights and cache
+    prompt_tokens: int = 0
+    tokens_generated: int = 0
+    steps: int = 0
+    shared_steps: int = 0  # steps that held tokens of two or more jobs
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way. `tokens` are prompt and output; the first `computed` of them are in the cache."""
+
+    request: Request
+    emit: Emit
+    sampler: Sampler
+    detokenizer: IncrementalDetokenizer
+    max_tokens: int
+    submitted: float = field(default_factory=time.monotonic)
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    events: int = 0
+    first_token: float = 0.0
+    cancel_with: LlorchError | None = None
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+    @property
+    def tokens_out(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+
+class Engine:
+    """`submit`, `cancel` and `stats` may be called from any thread; `step` from one at a time."""
+
+    def __init__(self, llm: LLM, *, max_queue: int = 64, queue_timeout: float | None = None) -> None:
+        self._llm, self._max_queue, self._queue_timeout = llm, max_queue, queue_timeout
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._jobs: dict[str, Job] = {}  # all that wait or run
+        self._counts = EngineStats(kv_blocks_total=llm.allocator.total, device_bytes=llm.device_bytes)
+        self._lock = threading.Lock()  # over _waiting, _running and _jobs
+        self.wake = threading.Condition(self._lock)
+
+    # ---- from any thread ----
+
+    def submit(self, request: Request, emit: Emit) -> None:
+        """Queues a request; its events go to `emit`, called by whoever steps.
+
+        Raises InvalidRequestError, ContextOverflowError, JobExistsError, QueueFullError.
+        """
+        job = self._job(request, emit)
+        with self._lock:
+            if request.job_id in self._jobs:
+                raise JobExistsError(f"job {request.job_id!r} is waiting or running: use another job_id")
+            # those that the next step will admit do not count as waiting
+            vacant = self._llm.limits.max_sequences - len(self._running)
+            if len(self._waiting) >= self._max_queue + max(0, vacant):
+                raise QueueFullError(f"{len(self._waiting)} requests wait, the limit is {self._max_queue}: try later")
+            self._jobs[request.job_id] = job
+            self._waiting.append(job)
+            self.wake.notify_all()
+
+    def _job(self, request: Request, emit: Emit) -> Job:
+        vocab, context = self._llm.config.vocab_size, self._llm.context
+        if not request.prompt:
+            raise InvalidRequestError("the prompt has no tokens: send at least one")
+        if strange := [t for t in request.prompt if not 0 <= t < vocab]:
+            raise InvalidRequestError(f"prompt token {strange[0]} is outside the vocabulary of {vocab}")
+        if request.max_tokens < 1:
+            raise InvalidRequestError(f"max_tokens is {request.max_tokens}: ask for at least 1")
+        self._llm.check_room(len(request.prompt))
+        sampler = Sampler(request.sampling, vocab)
+        for token in request.prompt[-request.sampling.penalty_window :]:
+            sampler.accept(token)
+        detokenizer = IncrementalDetokenizer(self._llm.tokenizer, request.stop)
+        room = min(request.max_tokens, context - len(request.prompt))
+        return Job(request, emit, sampler, detokenizer, room, tokens=list(request.prompt))
+
+    def cancel(self, job_id: str, error: LlorchError | None = None) -> bool:
+        """Ends a job at the next step with `error` (CancelledError by default); False where there is none."""
+        with self._lock:
+            job = self._jobs.get(job_id)
+            if job is None:
+                return False
+            job.cancel_with = job.cancel_with or error or CancelledError("the job was cancelled")
+            self.wake.notify_all()
+            return True
+
+    def stats(self) -> EngineStats:
+        with self._lock:
+            return replace(
+                self._counts,
+                running=len(self._running),
+                waiting=len(self._waiting),
+                kv_blocks_used=self._llm.allocator.used,
+            )
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    # ---- from the thread that steps ----
+
+    def step(self) -> bool:
+        """Ends what was cancelled, admits what fits, runs one ragged batch. False where nothing ran."""
+        self._end_cancelled()
+        self._admit()
+        chunks, jobs = self._pack()
+        if not chunks:
+            return False
+        self._counts.steps += 1
+        self._counts.shared_steps += len(jobs) > 1
+        self._run(chunks, jobs)
+        return True
+
+    def fail_all(self, error: LlorchError) -> None:
+        """Ends every job with an error."""
+        with self._lock:
+            jobs = list(self._jobs.values())
+        for job in jobs:
+            self._end(job, Failed(error))
+
+    def _end_cancelled(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            ended = [(job, job.cancel_with) for job in self._jobs.values() if job.cancel_with is not None]
+            if self._queue_timeout is not None:
+                late = QueueTimeoutError(f"no place within {self._queue_timeout:g} s: try later")
+                ended += [
+                    (job, late)
+                    for job in self._waiting
+                    if job.cancel_with is None and now - job.submitted > self._queue_timeout
+                ]
+        for job, error in ended:
+            self._end(job, Failed(error))
+
+    def _admit(self) -> None:
+        """Takes waiting jobs while blocks for all they may need are free, so that none can run out later."""
+        while len(self._running) < self._llm.limits.max_sequences:
+            with self._lock:
+                if not self._waiting:
+                    return
+                job = self._waiting[0]
+                allocator = self._llm.allocator
+                blocks = allocator.allocate(allocator.blocks_for(len(job.request.prompt) + job.max_tokens))
+                if blocks is None:
+                    return
+                self._waiting.popleft()
+                job.blocks = blocks
+                self._running.append(job)
+            self._counts.prompt_tokens += len(job.request.prompt)
+            self._emit(job, Started(time.time(), job.sampler.seed))
+
+    def _pack(self) -> tuple[list[Chunk], list[Job]]:
+        """Decodes first, one token each; then prompts, in order, into what is left of the step."""
+        room, chunks, jobs = self._llm.limits.max_tokens, [], []
+        for job in sorted(self._running, key=lambda job: job.pending > 1):  # stable: first come, first served
+            count = min(job.pending, room)
+            if count == 0:
+                break
+            room -= count
+            tokens = job.tokens[job.computed : job.computed + count]
+            chunks.append(Chunk(tokens, job.computed, job.blocks, outputs=int(count == job.pending)))
+            jobs.append(job)
+        return chunks, jobs
+
+    def _run(self, chunks: list[Chunk], jobs: list[Job]) -> None:
+        wanted = [job for job, chunk in zip(jobs, chunks, strict=True) if chunk.outputs]
+        k = self._candidates(wanted)
+        runner = self._llm.runner
+        if k:
+            values, ids = runner.candidates(chunks, k)
+        else:
+            logits = runner.logits(chunks)
+        for job, chunk in zip(jobs, chunks, strict=True):
+            job.computed += len(chunk.tokens)
+        for row, job in enumerate(wanted):
+            try:
+                token = job.sampler.sample_candidates(ids[row], values[row]) if k else job.sampler.sample(logits[row])
+            except LlorchError as error:  # NaN logits and the like are this job's alone
+                self._end(job, Failed(error))
+                continue
+            self._take(job, token)
+
+    def _candidates(self, wanted: list[Job]) -> int:
+        """The smallest k of the device's that is exact for every job of the step; 0: whole rows are needed."""
+        needs = [job.sampler.candidates for job in wanted]
+        known = [need for need in needs if need is not None]
+        if not needs or len(known) < len(needs):
+            return 0
+        return next((k for k in self._llm.runner.candidate_sizes if k >= max(known)), 0)
+
+    def _take(self, job: Job, token: int) -> None:
+        """One sampled token: into the text, and perhaps the end."""
+        now = time.monotonic()
+        if token in self._llm.tokenizer.eog_ids and not job.request.ignore_eos:
+            self._finish(job, StopReason.EOS, now)
+            return
+        job.first_token = job.first_token or now
+        job.tokens.append(token)
+        job.sampler.accept(token)
+        self._counts.tokens_generated += 1
+        self._emit_text(job, job.detokenizer.push(token))
+        if job.detokenizer.stopped is not None:
+            self._finish(job, StopReason.STOP_SEQUENCE, now)
+        elif job.tokens_out >= job.max_tokens:
+            self._finish(job, StopReason.MAX_TOKENS, now)
+
+    def _finish(self, job: Job, reason: StopReason, now: float) -> None:
+        stopped = job.detokenizer.stopped
+        if stopped is None:
+            self._emit_text(job, job.detokenizer.finish())
+        seconds = now - job.first_token if job.first_token else 0.0
+        output = tuple(job.tokens[len(job.request.prompt) :])
+        self._end(job, Ended(reason, len(output), seconds, stopped, output))
+
+    def _emit_text(self, job: Job, text: str) -> None:
+        if text:
+            self._emit(job, Token(text, job.events))
+            job.events += 1
+
+    def _end(self, job: Job, event: Ended | Failed) -> None:
+        """Frees what the job holds, then gives its last event."""
+        with self._lock:
+            if self._jobs.pop(job.request.job_id, None) is None:
+                return
+            if job in self._running:
+                self._running.remove(job)
+                self._llm.allocator.release(job.blocks)
+            else:
+                self._waiting.remove(job)
+        self._emit(job, event)
+
+    def _emit(self, job: Job, event: Event) -> None:
+        try:
+            job.emit(event)
+        except Exception:  # a listener's fault must not cost another job its step
+            log.exception("the listener of job %s raised: the job is cancelled", job.request.job_id)
+            job.cancel_with = CancelledError("its listener failed")
+
+
+class EngineThread:
+    """Loads a model, then steps its engine, on one thread: all of a device's calls come from it.
+
+    `on_ready` and `on_failed` are called from that thread.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Callable[[float, str], None]], LLM],
+        *,
+        max_queue: int = 64,
+        queue_timeout: float | None = None,
+        stall_seconds: float = 60.0,
+        on_ready: Callable[[], None] = lambda: None,
+        on_failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._load, self._max_queue, self._queue_timeout = load, max_queue, queue_timeout
+        self._stall_seconds = stall_seconds
+        self.on_ready, self.on_failed = on_ready, on_failed
+        self.progress, self.progress_text = 0.0, "starting"
+        self.load_error: BaseException | None = None
+        self.llm: LLM | None = None
+        self._engine: Engine | None = None
+        self._failure: str | None = None
+        self._stopping = threading.Event()
+        self._last_step = time.monotonic()
+        self._thread = threading.Thread(target=self._main, name="llorch-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        return self._engine is not None and self.health() is None
+
+    def submit(self, request: Request, emit: Emit) -> None:
+        """As Engine.submit; raises EngineUnavailableError while loading, stopping or dead."""
+        if self._stopping.is_set():
+            raise EngineUnavailableError("the worker is shutting down: send the request to another")
+        if self._engine is None:
+            raise EngineUnavailableError(f"the model is loading ({self.progress:.0%}): try again soon")
+        if (reason := self.health()) is not None:
+            raise EngineUnavailableError(reason)
+        self._engine.submit(request, emit)
+
+    def cancel(self, job_id: str, error: LlorchError | None = None) -> bool:
+        return self._engine is not None and self._engine.cancel(job_id, error)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats() if self._engine is not None else EngineStats()
+
+    def health(self) -> str | None:
+        """None while all is well (loading included), else the reason."""
+        if self._failure is not None:
+            return self._failure
+        engine = self._engine
+        if engine is not None and not self._thread.is_alive() and not self._stopping.is_set():
+            return "the engine thread is dead: restart the worker"
+        idle = time.monotonic() - self._last_step
+        if engine is not None and engine.busy and idle > self._stall_seconds:
+            return f"the engine made no progress for {idle:.0f} s while requests run"
+        return None
+
+    def stop(self, timeout: float) -> bool:
+        """Fails what still runs, ends the thread and closes the model; False where it did not end in time."""
+        self._stopping.set()
+        engine = self._engine
+        if engine is not None:
+            with engine.wake:
+                engine.wake.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # ---- on the thread ----
+
+    def _main(self) -> None:
+        try:
+            self.llm = self._load(self._on_progress)
+        except BaseException as error:  # noqa: BLE001 -- kept and reported by whoever started the thread
+            self.load_error = error
+            self._failure = f"loading failed: {error}"
+            self.on_failed()
+            return
+        self.progress, self.progress_text = 1.0, "ready"
+        engine = Engine(self.llm, max_queue=self._max_queue, queue_timeout=self._queue_timeout)
+        self._last_step = time.monotonic()
+        self._engine = engine
+        self.on_ready()
+        try:
+            self._serve(engine)
+        except Exception as error:
+            log.exception("the engine failed")
+            self._failure = f"the engine failed: {type(error).__name__}: {error}"
+            engine.fail_all(EngineError(self._failure))
+        else:
+            engine.fail_all(EngineUnavailableError("the worker shut down before the job was done"))
+        finally:
+            self.llm.close()
+
+    def _serve(self, engine: Engine) -> None:
+        while not self._stopping.is_set():
+            with engine.wake:
+                while not engine.busy and not self._stopping.is_set():
+                    engine.wake.wait()
+                self._last_step = time.monotonic()
+            if not engine.step():
+                self._rest(engine)
+
+    def _rest(self, engine: Engine) -> None:
+        """Jobs wait but none can run (a queue time limit may pass meanwhile): do not spin."""
+        with engine.wake:
+            if engine.busy and not self._stopping.is_set():
+                engine.wake.wait(0.05)
+
+    def _on_progress(self, fraction: float, text: str) -> None:
+        self.progress, self.progress_text = fraction, text

@@ -1,0 +1,270 @@
+"""A model loaded on a device: the public `llorch.load` and `LLM`."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from llorch.core.bound import BoundModel
+from llorch.core.cache import BlockAllocator
+from llorch.core.config import ModelConfig
+from llorch.core.engine import Engine
+from llorch.core.gguf import GGUFFile
+from llorch.core.loader import load_weights
+from llorch.core.plan import Limits
+from llorch.core.requests import Ended, Event, Failed, Request, SamplingParams, Token
+from llorch.core.runner import Runner
+from llorch.core.tokenizer import Tokenizer
+from llorch.errors import ContextOverflowError, SettingsError
+from llorch.providers import registry
+from llorch.providers.spec import Device, DeviceInfo, DeviceOptions
+
+OUTPUT_ROWS = 64  # rows of logits a step may give; more are computed in several steps
+
+
+def load(
+    model: str | Path,
+    *,
+    provider: str = "auto",
+    device: str | None = None,
+    context: int | None = None,
+    cache_type: str | None = None,
+    parallel: int = 8,
+    chunk: int = 512,
+    threads: int | None = None,
+    progress: Callable[[float, str], None] = lambda _fraction, _text: None,
+) -> LLM:
+    """Loads a GGUF model on a provider's device.
+
+    `context`: tokens of one sequence, the model's own by default. `cache_type`: "f32" or "f16", the provider's default
+    where None. `parallel`: sequences that run together. `chunk`: most tokens of one step. `progress` gets a fraction
+    and what is being done. Raises ModelError, ProviderError or SettingsError.
+    """
+    start = time.perf_counter()
+    chosen, why = registry.choose(provider)
+    file = GGUFFile.open(Path(model))
+    opened: Device | None = None
+    try:
+        config = ModelConfig.from_gguf(file)
+        tokenizer = Tokenizer.from_gguf(file)
+        limits = _limits(config, context, parallel, chunk)
+        opened = chosen.open(device, DeviceOptions(threads=threads))
+        weights = load_weights(file, config, opened, progress)
+        bound = BoundModel(config, chosen, opened, weights, limits, cache_type)
+    except BaseException:
+        if opened is not None:
+            opened.close()
+        file.close()
+        raise
+    progress(1.0, "ready")
+    start_lines = [
+        f"provider {chosen.name} on {opened.info.name} ({opened.info.description}): {why}",
+        f"{chosen.name}: {bound.counts}",
+        *weights.notes,
+    ]
+    return LLM(file, tokenizer, bound, start_lines, time.perf_counter() - start)
+
+
+def _limits(config: ModelConfig, context: int | None, parallel: int, chunk: int) -> Limits:
+    if context is not None and not 1 < context <= config.context_length:
+        raise SettingsError(
+            f"context {context} is outside 2 to {config.context_length}, the context this model was trained for"
+        )
+    if parallel < 1 or chunk < 1:
+        raise SettingsError(f"parallel is {parallel} and chunk is {chunk}: both must be at least 1")
+    context = context or config.context_length
+    return Limits(
+        max_tokens=max(min(chunk, context), parallel),
+        max_sequences=parallel,
+        max_outputs=max(parallel, OUTPUT_ROWS),
+        max_context=context,
+    )
+
+
+class LLM:
+    """A loaded model. Its methods may be called from several threads: their steps take turns, and share where they can.
+
+    A context manager; `close` gives back the device and the file.
+    """
+
+    def __init__(
+        self, file: GGUFFile, tokenizer: Tokenizer, bound: BoundModel, start_lines: list[str], load_seconds: float
+    ) -> None:
+        self.tokenizer, self.start_lines, self.load_seconds = tokenizer, start_lines, load_seconds
+        self.config, self.limits = bound.config, bound.limits
+        self.model_ref, self.quant_kind = str(file.path), bound.config.quant_kind
+        self.provider_name, self.batch_invariant = bound.provider.name, bound.provider.batch_invariant
+        self._file, self._bound = file, bound
+        self._engine = Engine(self, max_queue=1 << 16)
+        self._closed = False
+
+    @property
+    def context(self) -> int:
+        """Tokens that one sequence may have, prompt and output together."""
+        return self.limits.max_context
+
+    @property
+    def device_info(self) -> DeviceInfo:
+        return self._bound.device.info
+
+    @property
+    def cache_type(self) -> str:
+        return self._bound.cache_spec.dtype
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of weights and cache on the device."""
+        return self._bound.weights.device_bytes + self._bound.cache_spec.nbytes
+
+    @property
+    def weight_bytes_per_token(self) -> int:
+        """Bytes of weights, as the device holds them, that the products of one decode step read."""
+        return self._bound.weights.matmul_bytes
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token of context takes, and that a later token's attention reads."""
+        spec = self._bound.cache_spec
+        return spec.nbytes // (spec.blocks * spec.block_size)
+
+    @property
+    def runner(self) -> Runner:
+        return self._bound.runner
+
+    @property
+    def allocator(self) -> BlockAllocator:
+        return self._bound.allocator
+
+    def check_room(self, prompt_tokens: int) -> None:
+        """Raises ContextOverflowError where a prompt leaves no room for one more token."""
+        if prompt_tokens >= self.context:
+            more = min(2 * prompt_tokens, self.config.context_length)
+            hint = f" or start with --context {more}" if more > prompt_tokens else ""
+            raise ContextOverflowError(
+                f"prompt is {prompt_tokens} tokens, the context is {self.context}: shorten it{hint}"
+            )
+
+    # ---- generation ----
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Pieces of text as they become certain. `prompt` is text (BOS is added) or token ids."""
+        sampling = SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            seed=seed,
+        )
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        request = Request(
+            job_id=f"generate-{next(_numbers)}",
+            prompt=tuple(ids),
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=tuple(stop),
+        )
+        for event in self._events(request):
+            if isinstance(event, Token):
+                yield event.text
+
+    def generate_ids(
+        self, prompt: Sequence[int], *, max_tokens: int = 128, temperature: float = 0.0, seed: int | None = None
+    ) -> list[int]:
+        """The ids of `max_tokens` tokens, past any end of generation."""
+        request = Request(
+            job_id=f"generate-{next(_numbers)}",
+            prompt=tuple(prompt),
+            max_tokens=max_tokens,
+            sampling=SamplingParams(temperature=temperature, seed=seed),
+            ignore_eos=True,
+        )
+        *_, ended = self._events(request)
+        assert isinstance(ended, Ended)
+        return list(ended.tokens)
+
+    def _events(self, request: Request) -> Iterator[Event]:
+        """Steps the engine until this request ends. Threads that do so at once share their steps."""
+        events: deque[Event] = deque()
+        self._engine.submit(request, events.append)
+        try:
+            while True:
+                while events:
+                    event = events.popleft()
+                    if isinstance(event, Failed):
+                        raise event.error
+                    yield event
+                    if isinstance(event, Ended):
+                        return
+                with self._bound.turn:
+                    if not events:
+                        self._engine.step()
+        finally:
+            if self._engine.cancel(request.job_id):
+                with self._bound.turn:
+                    self._engine.step()  # gives its blocks back now
+
+    # ---- looking inside ----
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits [T, vocab] of every position of a prompt."""
+        return self._bound.logits(tokens)
+
+    def checkpoints(
+        self, tokens: Sequence[int], labels: Sequence[str], *, fused: bool = False
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """What the labelled steps of one forward pass over `tokens` write, each [T, width].
+
+        `fused=False` binds the graph without the provider's fused operations, so that every label exists;
+        `fused=True` runs the plan as served. Raises InvalidRequestError for a label that the plan has not.
+        """
+        return self._bound.checkpoints(tokens, labels, fused=fused)
+
+    def bench_prefill(self, tokens: int) -> float:
+        """Seconds to process a prompt of this many tokens, in chunks as served."""
+        return self._bound.time_prefill(tokens)
+
+    def bench_decode(self, tokens: int, context: int = 0) -> float:
+        """Seconds to decode this many tokens of one sequence, one at a time, behind `context` others."""
+        return self._bound.time_decode(tokens, context)
+
+    # ---- life ----
+
+    def close(self) -> None:
+        """Gives back the device and the file; the object cannot be used afterwards."""
+        with self._bound.turn:
+            if not self._closed:
+                self._closed = True
+                self._bound.device.close()
+                self._file.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+_numbers = itertools.count(1)
