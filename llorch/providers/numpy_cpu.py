@@ -61,9 +61,10 @@ class NumpyWeight:
         elif len(host.shape) == 1:
             self.dense = self.rows(slice(None))
         elif expand:
-            self.dense = np.empty(host.shape, np.float32)
+            dense = np.empty(host.shape, np.float32)
             for slab in self._slabs():
-                self.dense[slab] = self.rows(slab)
+                dense[slab] = self.rows(slab)
+            self.dense = dense
 
     @property
     def nbytes(self) -> int:
