@@ -139,7 +139,7 @@ ROWS = [
     ("2 K projection", "blk.{}.attn_k", "Kcur-{}", 1e-4, None, last_column_dropped),
     ("2 V projection, untouched by RoPE", "blk.{}.attn_v", "Vcur-{}", 1e-4, None, last_column_dropped),
     ("5 attention output", "blk.{}.attn_output", "attn_out-{}", 1e-4, None, keys_of_other_heads),
-    ("5 attention output, its scale", "blk.{}.attn_output", "attn_out-{}", 1e-4, None, config_with(attention_scale=1.0)),
+    ("5 the scale of the scores", "blk.{}.attn_output", "attn_out-{}", 1e-4, None, config_with(attention_scale=1.0)),
     ("6 SwiGLU", "blk.{}.ffn_swiglu", "ffn_swiglu-{}", 1e-4, None, gate_without_silu),
     ("6 feed-forward output", "blk.{}.ffn_down", "ffn_out-{}", 1e-4, None, gate_without_silu),
     ("7 whole block", "blk.{}.out", "l_out-{}", 1e-4, None, other_pairing),

@@ -1,0 +1,38 @@
+# The same four words everywhere: make serve, make test, make check, make bench.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PLUGINS := $(wildcard plugins/*/pyproject.toml)
+
+.PHONY: setup serve test check format bench clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(PLUGINS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "llorch needs Python 3.11 or newer, $$($(PYTHON) --version) is $(PYTHON): make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' \
+	  $(foreach plugin,$(PLUGINS),-e '$(dir $(plugin))[test]')
+	touch $@
+
+serve: setup  ## make serve MODEL=path/to/model.gguf [ARGS="--provider numpy-cpu --port 8080"]
+	$(BIN)/llorch serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+test: setup  ## make test [ARGS="-k tokenizer"]
+	$(BIN)/pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup  ## make bench MODEL=path/to/model.gguf [ARGS="--provider numpy-cpu -p 512 -n 128"]
+	$(BIN)/llorch bench $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build

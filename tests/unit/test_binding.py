@@ -1,0 +1,317 @@
+"""The seam's rules at load: what a provider may get wrong is an error that names it, never a silent fallback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import llorch
+from llorch.core.binder import Binder
+from llorch.errors import BindError
+from llorch.providers import (
+    OPTIONAL,
+    REQUIRED,
+    AddRMSNormSpec,
+    AddSpec,
+    GateUpSwigluSpec,
+    MatmulGroupSpec,
+    MatmulSpec,
+    RMSNormSpec,
+    RopePairSpec,
+    RopeSpec,
+    Step,
+    hookimpl,
+    registry,
+)
+from llorch.providers.numpy_cpu import NumpyDevice, NumpyOps, NumpyProvider, provider
+from llorch.providers.spec import LayerOps
+from tests.support import shared
+
+
+class Ops(NumpyOps):
+    """The reference's operations, for a test to break one."""
+
+
+def bind(operations: object, **settings: Any) -> Binder:
+    return Binder(provider.open(), operations, "acme", **settings)
+
+
+NORM = RMSNormSpec(max_tokens=4, label="blk.0.attn_norm", layer=0, dim=8, eps=1e-5)
+
+
+class FixedProvider(NumpyProvider):
+    """A provider with the operations and the device that a test gives it."""
+
+    name = "acme"
+
+    def __init__(self, operations: object, device: type[NumpyDevice] = NumpyDevice) -> None:
+        self._operations, self._device = operations, device
+
+    def open(self, device: str | None = None, options: Any = None) -> NumpyDevice:
+        opened = super().open(device, options)
+        opened.__class__ = self._device
+        return opened
+
+    def operations(self) -> Any:
+        return self._operations
+
+
+@pytest.fixture
+def load_with(monkeypatch):
+    """Loads stories260K on a provider with these operations."""
+
+    def load(operations: object, device: type[NumpyDevice] = NumpyDevice, **settings: Any) -> llorch.LLM:
+        chosen = FixedProvider(operations, device)
+        monkeypatch.setattr(registry, "choose", lambda _name: (chosen, "a test chose it"))
+        return llorch.load(shared("models", "stories260K.gguf"), provider="acme", **settings)
+
+    return load
+
+
+# ---- the contract itself ----
+
+
+def test_every_hook_is_required_or_optional() -> None:
+    hooks = {name for name in vars(LayerOps) if not name.startswith("_")}
+    assert hooks == set(REQUIRED) | set(OPTIONAL)
+    assert not set(REQUIRED) & set(OPTIONAL)
+
+
+def test_label_and_layer_take_no_part_in_equality() -> None:
+    other = RMSNormSpec(max_tokens=4, label="blk.3.ffn_norm", layer=3, dim=8, eps=1e-5)
+    assert other == NORM
+    assert hash(NORM) == hash(other)
+    assert RMSNormSpec(max_tokens=4, dim=8, eps=1e-6) != other
+
+
+# ---- registering ----
+
+
+def test_a_misspelt_hook_is_an_error_that_names_it() -> None:
+    class Misspelt(Ops):
+        @hookimpl
+        def rms_norm(self, spec: Any) -> Any:
+            return None
+
+    with pytest.raises(BindError, match=r"acme.*rms_norm.*the operations are embed, rmsnorm"):
+        bind(Misspelt())
+
+
+def test_a_misspelt_argument_is_an_error_that_names_it() -> None:
+    class Misspelt(Ops):
+        @hookimpl
+        def rmsnorm(self, specification: Any) -> Any:
+            return None
+
+    with pytest.raises(BindError, match=r"acme.*specification"):
+        bind(Misspelt())
+
+
+def test_an_operation_newer_than_core_is_accepted_as_optional_hook() -> None:
+    class Newer(Ops):
+        @hookimpl(optionalhook=True)
+        def mixture_of_experts(self, spec: Any) -> Any:
+            return None
+
+    assert callable(bind(Newer()).bind("rmsnorm", NORM))
+
+
+# ---- binding ----
+
+
+def test_a_factory_is_called_once_per_site_and_its_kernel_is_bare() -> None:
+    calls = []
+
+    class Counting(Ops):
+        @hookimpl
+        def rmsnorm(self, device: Any, spec: Any) -> Any:
+            calls.append((type(device), spec))
+            return super().rmsnorm(spec)
+
+    kernel = bind(Counting()).bind("rmsnorm", NORM)
+    assert calls == [(NumpyDevice, NORM)]
+    assert type(kernel).__name__ == "function"
+
+
+def test_declined_required_operations_fail_at_load_and_are_all_listed(load_with) -> None:
+    class Forgetful(Ops):
+        @hookimpl
+        def rmsnorm(self, spec: Any) -> Any:
+            return None
+
+        @hookimpl
+        def swiglu(self, spec: Any) -> Any:
+            super().swiglu(spec)  # no return
+
+    with pytest.raises(BindError) as caught:
+        load_with(Forgetful())
+    message = str(caught.value)
+    assert "declines 16 required operations" in message  # 2 a layer, 5 layers, and output_norm; 5 swiglu
+    assert "rmsnorm (11 sites, first blk.0.attn_norm:" in message
+    assert "swiglu (5 sites, first blk.0.ffn_swiglu:" in message
+    assert "--provider" in message
+
+
+def test_an_operation_without_hookimpl_is_named() -> None:
+    class Plain:
+        def rmsnorm(self, spec: Any) -> Any:
+            return None
+
+    binder = bind(Plain())
+    binder.bind("rmsnorm", NORM)
+    with pytest.raises(BindError, match="It has rmsnorm without @hookimpl"):
+        binder.finish()
+
+
+def test_a_factory_that_raises_is_named_with_its_site() -> None:
+    class Broken(Ops):
+        @hookimpl
+        def rmsnorm(self, spec: Any) -> Any:
+            raise ZeroDivisionError("no such dimension")
+
+    with pytest.raises(BindError, match=r"acme: its factory for rmsnorm at blk.0.attn_norm raised ZeroDivisionError"):
+        bind(Broken()).bind("rmsnorm", NORM)
+
+
+def test_a_factory_that_returns_no_kernel_is_named() -> None:
+    class Wrong(Ops):
+        @hookimpl
+        def rmsnorm(self, spec: Any) -> Any:
+            return 7
+
+    with pytest.raises(BindError, match=r"rmsnorm at blk\.0\.attn_norm returned int, not a kernel"):
+        bind(Wrong()).bind("rmsnorm", NORM)
+
+
+def test_a_weight_type_that_the_device_does_not_take_is_converted_and_reported(load_with, tmp_path) -> None:
+    from tests.support import synthetic
+
+    class HalfOnly(NumpyDevice):
+        weight_types = {use: frozenset({"F16", "F32"}) for use in ("embed", "matmul", "vector")}
+
+    path = synthetic(tmp_path, "tiny", "Q8_0")
+    with llorch.load(path, provider="numpy-cpu", context=64) as exact:
+        expected = exact.logits([1, 300, 301])
+    chosen = FixedProvider(Ops(), HalfOnly)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "choose", lambda _name: (chosen, "a test chose it"))
+        with llorch.load(path, provider="acme", context=64) as converted:
+            assert any("were converted, +" in line for line in converted.start_lines)
+            found = converted.logits([1, 300, 301])
+    np.testing.assert_allclose(found, expected, atol=0.05)
+
+
+def test_a_device_that_takes_no_plain_type_fails_with_the_tensors_name(load_with) -> None:
+    class Strange(NumpyDevice):
+        weight_types = {use: frozenset({"Q4_0"}) for use in ("embed", "matmul", "vector")}
+
+    with pytest.raises(BindError, match=r"token_embd.weight is F32, used as embed.*takes Q4_0 for that"):
+        load_with(Ops(), Strange)
+
+
+def test_a_tied_embedding_is_uploaded_once_with_both_uses(load_with) -> None:
+    seen: list[Any] = []
+
+    class Watching(NumpyDevice):
+        def weight(self, host_weight: Any) -> Any:
+            seen.append((host_weight.name, host_weight.uses))
+            return super().weight(host_weight)
+
+    load_with(Ops(), Watching).close()
+    names = [name for name, _ in seen]
+    assert len(names) == len(set(names))
+    tied = "output.weight" not in names
+    assert dict(seen)["token_embd.weight"] == (frozenset({"embed", "matmul"}) if tied else frozenset({"embed"}))
+
+
+# ---- decompositions ----
+
+
+def fused_specs() -> dict[str, Any]:
+    site = {"max_tokens": 4}
+    add, norm = AddSpec(dim=8, label="a", **site), RMSNormSpec(dim=8, eps=1e-5, label="n", **site)
+    matmul = [MatmulSpec(rows=6, cols=8, type="F32", label=f"m{i}", **site) for i in range(2)]
+    rope = [RopeSpec(heads=2, head_dim=4, pairing="adjacent", frequencies=(1.0, 0.1), label=n, **site) for n in "qk"]
+    return {
+        "add_rmsnorm": AddRMSNormSpec(add=add, norm=norm, **site),
+        "matmul_group": MatmulGroupSpec(parts=tuple(matmul), **site),
+        "rope_pair": RopePairSpec(q=rope[0], k=rope[1], **site),
+        "gate_up_swiglu": GateUpSwigluSpec(gate=matmul[0], up=matmul[1], label="s", **site),
+    }
+
+
+@pytest.mark.parametrize("operation", sorted(fused_specs()))
+def test_a_declined_optional_operation_is_decomposed_and_counted(operation) -> None:
+    binder = bind(NumpyOps())
+    kernel = binder.bind(operation, fused_specs()[operation])
+    assert binder.decomposed == 1
+    parts = {"add_rmsnorm": 2, "matmul_group": 2, "rope_pair": 2, "gate_up_swiglu": 3}[operation]
+    assert binder.bound == parts
+    assert binder.finish() == f"{parts} of {parts} operations bound (0 fused, 1 decomposed)"
+    assert hasattr(kernel, "steps")
+
+
+def test_a_decompositions_declined_part_is_listed() -> None:
+    class NoSwiglu(Ops):
+        @hookimpl
+        def swiglu(self, spec: Any) -> Any:
+            return None
+
+    binder = bind(NoSwiglu())
+    binder.bind("gate_up_swiglu", fused_specs()["gate_up_swiglu"])
+    with pytest.raises(BindError, match="swiglu"):
+        binder.finish()
+
+
+class Fused(Ops):
+    """Optional operations of a provider's own, that count their calls."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+
+    def _count(self, name: str) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+
+    @hookimpl
+    def add_rmsnorm(self, spec: AddRMSNormSpec) -> Any:
+        norm = self.rmsnorm(spec.norm)
+
+        def kernel(out: Any, x: Any, y: Any, weight: Any) -> None:
+            self._count("add_rmsnorm")
+            x += y
+            norm(out, x, weight)
+
+        return kernel
+
+    @hookimpl
+    def rope_pair(self, spec: RopePairSpec) -> Any:
+        q_rope, k_rope = self.rope(spec.q), self.rope(spec.k)
+
+        def both(q: Any, k: Any, positions: Any) -> None:
+            self._count("rope_pair")
+            q_rope(q, positions)
+            k_rope(k, positions)
+
+        # prebound: one entry without arguments in the kernel's place
+        both.steps = lambda *args: [Step(lambda: both(*args), (), spec)]
+        return both
+
+
+def test_a_providers_fused_operations_are_used_and_counted(load_with) -> None:
+    tokens = [1, 403, 407, 261]
+    with llorch.load(shared("models", "stories260K.gguf"), provider="numpy-cpu") as plain:
+        labels = ["blk.1.q_rope", "blk.2.k_rope", "blk.1.out", "blk.2.attn_norm", "output"]
+        expected = plain.checkpoints(tokens, labels)
+    operations = Fused()
+    with load_with(operations) as llm:
+        line = next(line for line in llm.start_lines if "operations bound" in line)
+        assert "(16 fused, 10 decomposed)" in line  # 9 add_rmsnorm, 5 rope_pair, 2 topk; 5 groups, 5 gates
+        served = llm.checkpoints(tokens, labels, fused=True)
+        assert operations.calls == {"add_rmsnorm": 9, "rope_pair": 5}
+        apart = llm.checkpoints(tokens, labels)
+        assert operations.calls == {"add_rmsnorm": 9, "rope_pair": 5}  # not asked when labels are to exist
+    for label in labels:
+        np.testing.assert_array_equal(served[label], expected[label])
+        np.testing.assert_array_equal(apart[label], expected[label])
