@@ -55,7 +55,8 @@ class Binder:
         else:
             self.bound += 1
             self.fused += operation in OPTIONAL
-        return kernel
+        bound: Kernel = kernel
+        return bound
 
     def bind_if_offered(self, operation: str, spec: OpSpec) -> Kernel | None:
         """For an optional operation that no others can stand for: None where it is declined, which is counted."""

@@ -82,7 +82,8 @@ class Runner:
         """Runs a step; the k largest logits of each wanted row, and their ids."""
         rows = self._run(chunks, k)
         _, values, ids = self._graph.topk[k]
-        host_values, host_ids = (array[:rows] for array in self._candidates[k])
+        all_values, all_ids = self._candidates[k]
+        host_values, host_ids = all_values[:rows], all_ids[:rows]
         self._device.read(self._device.rows(values.tensor, rows), host_values)
         self._device.read(self._device.rows(ids.tensor, rows), host_ids)
         return host_values, host_ids

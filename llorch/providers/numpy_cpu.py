@@ -70,6 +70,11 @@ class NumpyWeight:
     def nbytes(self) -> int:
         return int(self._blocks.nbytes if self.dense is None else self.dense.nbytes)
 
+    @property
+    def vector(self) -> Float:
+        assert self.dense is not None  # vectors are expanded always
+        return self.dense
+
     def rows(self, which: slice | Int) -> Float:
         """Some rows as float32."""
         if self.dense is not None:
@@ -236,7 +241,7 @@ class NumpyOps:
         def kernel(out: Float, x: Float, weight: NumpyWeight) -> None:
             mean_square = np.einsum("td,td->t", x, x) / np.float32(spec.dim)
             np.multiply(x, (1 / np.sqrt(mean_square + np.float32(spec.eps)))[:, None], out=out)
-            np.multiply(out, weight.dense, out=out)
+            np.multiply(out, weight.vector, out=out)
 
         return kernel
 
@@ -245,7 +250,7 @@ class NumpyOps:
         def kernel(out: Float, x: Float, w: NumpyWeight, bias: NumpyWeight | None) -> None:
             w.multiply(out, x)
             if bias is not None:
-                np.add(out, bias.dense, out=out)
+                np.add(out, bias.vector, out=out)
 
         return kernel
 
@@ -357,11 +362,12 @@ def _attend(spec: AttentionSpec, out: Float, q: Float, keys: Float, values: Floa
 def _largest(row: Float, k: int) -> npt.NDArray[np.int64]:
     """Indices of the k largest, largest first, the lower index first among equals."""
     if k == 1:
-        return row.argmax(keepdims=True)
+        return np.array([row.argmax()])
     least = np.partition(row, -k)[-k]
     above = np.flatnonzero(row > least)
     chosen = np.concatenate([above, np.flatnonzero(row == least)[: k - len(above)]])
-    return chosen[np.argsort(-row[chosen], kind="stable")]
+    order: npt.NDArray[np.int64] = chosen[np.argsort(-row[chosen], kind="stable")]
+    return order
 
 
 class NumpyProvider:

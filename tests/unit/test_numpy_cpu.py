@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llorch.core.quant import DEQUANTIZABLE, dequantize, row_bytes
+from llorch.core.quant import DEQUANTIZABLE, dequantize
 from llorch.errors import DeviceMemoryError
 from llorch.providers import (
     AddSpec,
@@ -26,6 +26,7 @@ from llorch.providers import (
     TopkSpec,
 )
 from llorch.providers.conformance import oracle
+from llorch.providers.conformance.weights import random_weight
 from llorch.providers.numpy_cpu import NumpyDevice, NumpyOps, provider
 
 OPS = NumpyOps()
@@ -46,21 +47,7 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def host_weight(rng: np.random.Generator, kind: str, rows: int, cols: int, uses: str = "matmul") -> HostWeight:
-    """Random blocks of any type whose values are finite."""
-    while True:
-        data = rng.integers(0, 256, rows * row_bytes(kind, cols), dtype=np.uint8)
-        if kind in ("F32", "F16", "BF16"):
-            plain = normal(rng, rows, cols)
-            data = {
-                "F32": plain.view(np.uint8),
-                "F16": plain.astype(np.float16).view(np.uint8),
-                "BF16": (plain.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8),
-            }[kind].reshape(-1)
-        else:
-            data = data.reshape(-1) & 0x3F  # small exponents wherever a type keeps its scales
-        with np.errstate(all="ignore"):
-            if np.isfinite(dequantize(data, kind, (rows, cols))).all():
-                return HostWeight(name="w", shape=(rows, cols), type=kind, data=data, uses=frozenset({uses}))
+    return random_weight(rng, kind, rows, cols, frozenset({uses}))
 
 
 @pytest.mark.parametrize("expanded", [True, False], ids=["expanded", "in slabs"])

@@ -15,7 +15,8 @@ Float = npt.NDArray[np.float64]
 
 def rmsnorm(x: Float, weight: Float, eps: float) -> Float:
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019)."""
-    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+    normed: Float = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+    return normed * weight
 
 
 def matmul(x: Float, w: Float, bias: Float | None = None) -> Float:
@@ -26,7 +27,8 @@ def matmul(x: Float, w: Float, bias: Float | None = None) -> Float:
 
 def swiglu(gate: Float, up: Float) -> Float:
     """silu(gate) * up (Shazeer, 2020); silu(g) = g / (1 + exp(-g)) = g (1 + tanh(g / 2)) / 2."""
-    return gate * 0.5 * (1 + np.tanh(gate / 2)) * up
+    silu: Float = gate * 0.5 * (1 + np.tanh(gate / 2))
+    return silu * up
 
 
 def rope(x: Float, positions: npt.NDArray[np.int32], spec: RopeSpec) -> Float:
@@ -66,7 +68,8 @@ def attention(q: Float, keys: Float, values: Float, first: int, spec: AttentionS
     weights = attention_weights(q, keys, first, spec)
     grouped = values.reshape(len(values), spec.kv_heads, spec.head_dim)
     of_head = np.repeat(grouped, spec.heads // spec.kv_heads, axis=1)  # [C, H, D]
-    return np.einsum("htc,chd->thd", weights, of_head).reshape(q.shape)
+    mixed: Float = np.einsum("htc,chd->thd", weights, of_head)
+    return mixed.reshape(q.shape)
 
 
 def nmse(found: npt.ArrayLike, expected: npt.ArrayLike) -> float:
