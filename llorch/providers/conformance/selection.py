@@ -1,0 +1,75 @@
+"""Which providers a test run is about, and their devices, opened once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llorch.errors import LlorchError
+from llorch.providers import registry
+from llorch.providers.conformance.rig import Rig
+from llorch.providers.spec import Provider, Use
+
+PLAIN = ("F32", "F16", "BF16")
+
+
+class Selection:
+    """`wanted`: provider names between commas, or "all". Raises pytest.UsageError for what cannot be tested."""
+
+    def __init__(self, wanted: str) -> None:
+        self._rigs: dict[str, Rig] = {}
+        self._providers: dict[str, Provider] = {}
+        self._absent: dict[str, str] = {}
+        if wanted == "all":
+            self._take_all()
+        else:
+            for name in filter(None, (part.strip() for part in wanted.split(","))):
+                self._take(name)
+
+    def _take_all(self) -> None:
+        for status in registry.status():
+            if status.state == "broken":
+                raise pytest.UsageError(f"provider {status.name} is broken: {status.reason}")
+            if status.state == "absent":
+                self._absent[status.name] = f"provider {status.name} has no device here: {status.reason}"
+            else:
+                self._take(status.name)
+
+    def _take(self, name: str) -> None:
+        try:
+            provider = registry.load(name)
+            provider.devices()
+        except LlorchError as error:
+            raise pytest.UsageError(str(error)) from error
+        self._providers[name] = provider
+
+    def params(self) -> list[Any]:
+        """One parameter a provider; those without a device are skipped with the reason."""
+        return list(self._providers) + [
+            pytest.param(name, marks=pytest.mark.skip(reason=reason)) for name, reason in self._absent.items()
+        ]
+
+    def typed_params(self, uses: tuple[Use, ...], *, plain: bool) -> list[Any]:
+        """(provider, weight type) for every type that the provider's device takes for all these uses."""
+        found: list[Any] = []
+        for name in self._providers:
+            device = self.rig(name).device
+            types = frozenset.intersection(*(frozenset(device.weight_types[use]) for use in uses))
+            chosen = [kind for kind in sorted(types) if kind in PLAIN or not plain]
+            found += [pytest.param(name, kind, id=f"{name}-{kind}") for kind in chosen]
+        absent = self._absent.items()
+        return found + [pytest.param(name, "", marks=pytest.mark.skip(reason=reason)) for name, reason in absent]
+
+    def provider(self, name: str) -> Provider:
+        return self._providers[name]
+
+    def rig(self, name: str) -> Rig:
+        if name not in self._rigs:
+            provider = self._providers[name]
+            self._rigs[name] = Rig(provider, provider.open())
+        return self._rigs[name]
+
+    def close(self) -> None:
+        for rig in self._rigs.values():
+            rig.device.close()

@@ -1,0 +1,85 @@
+"""`pytest --provider NAME[,NAME...]|all`: runs provider tests, llorch's own and anyone's, against installed providers.
+
+pytest imports this module in every run of an environment that has llorch, so it imports nothing itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llorch.providers.conformance.rig import Rig
+    from llorch.providers.conformance.selection import Selection
+
+_SELECTION: pytest.StashKey[Selection] = pytest.StashKey()
+DEFAULT = "numpy-cpu"
+# fixtures that are a weight type the device takes natively, and the uses it takes it for
+_TYPED = {
+    "weight_type": ("matmul",),
+    "embed_type": ("embed",),
+    "tied_type": ("embed", "matmul"),
+    "plain_type": ("matmul",),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("llorch")
+    group.addoption(
+        "--provider",
+        metavar="NAME[,NAME...]|all",
+        default=None,
+        help=f"the compute providers that provider tests run against (default: {DEFAULT}); all: every installed one",
+    )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.getoption("--provider") is not None:
+        _selection(session.config)  # a wrong name ends the run before anything is collected
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _SELECTION in config.stash:
+        config.stash[_SELECTION].close()
+
+
+def _selection(config: pytest.Config) -> Selection:
+    from llorch.providers.conformance.selection import Selection
+
+    if _SELECTION not in config.stash:
+        config.stash[_SELECTION] = Selection(config.getoption("--provider") or DEFAULT)
+    return config.stash[_SELECTION]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "provider_name" not in metafunc.fixturenames:
+        return
+    selection = _selection(metafunc.config)
+    typed = [name for name in _TYPED if name in metafunc.fixturenames]
+    if not typed:
+        metafunc.parametrize("provider_name", selection.params(), scope="session")
+        return
+    plain = typed[0] == "plain_type"
+    params = selection.typed_params(_TYPED[typed[0]], plain=plain)
+    metafunc.parametrize(("provider_name", typed[0]), params, scope="session")
+
+
+@pytest.fixture(scope="session")
+def rig(provider_name: str, request: pytest.FixtureRequest) -> Rig:
+    """One opened device of the provider, for the whole run."""
+    return _selection(request.config).rig(provider_name)
+
+
+@pytest.fixture(scope="session")
+def provider(provider_name: str, request: pytest.FixtureRequest) -> Any:
+    return _selection(request.config).provider(provider_name)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    import numpy as np
+
+    return np.random.default_rng(7)
