@@ -27,7 +27,7 @@ class PagedSequences:
                 block_size=spec.block_size,
                 blocks=max(max(table) for table in tables) + 1,
                 dtype=spec.cache_dtype,
-            )  # fmt: skip
+            )
         )
         self._layer = 1  # the second of two: a provider that ignores the layer is found
         self._kernel = rig.bind("attention", spec)
