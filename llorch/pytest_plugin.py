@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
     from llorch.providers.conformance.rig import Rig
     from llorch.providers.conformance.selection import Selection
+    from llorch.providers.spec import Use
 
 _SELECTION: pytest.StashKey[Selection] = pytest.StashKey()
 DEFAULT = "numpy-cpu"
 # fixtures that are a weight type the device takes natively, and the uses it takes it for
-_TYPED = {
+_TYPED: dict[str, tuple[Use, ...]] = {
     "weight_type": ("matmul",),
     "embed_type": ("embed",),
     "tied_type": ("embed", "matmul"),

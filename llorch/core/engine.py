@@ -250,9 +250,11 @@ class Engine:
             self._finish(job, StopReason.MAX_TOKENS, now)
 
     def _finish(self, job: Job, reason: StopReason, now: float) -> None:
-        stopped = job.detokenizer.stopped
-        if stopped is None:
+        if job.detokenizer.stopped is None:
             self._emit_text(job, job.detokenizer.finish())
+        # the flush itself may complete a stop string that waited for an earlier one
+        if (stopped := job.detokenizer.stopped) is not None:
+            reason = StopReason.STOP_SEQUENCE
         seconds = now - job.first_token if job.first_token else 0.0
         output = tuple(job.tokens[len(job.request.prompt) :])
         self._end(job, Ended(reason, len(output), seconds, stopped, output))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from llorch.errors import (
     QueueFullError,
     QueueTimeoutError,
 )
+from llorch.providers.conformance.models import OracleModel, TinyModel, write_model
 from llorch.providers.numpy_cpu import NumpyOps, hookimpl
 from tests.support import shared
 
@@ -122,16 +124,28 @@ def test_a_long_prompt_is_processed_in_chunks_beside_decodes(llm, engine) -> Non
         pass
 
 
-def test_end_of_generation_and_stop_strings_end_a_job(llm, engine) -> None:
+def test_a_stop_string_ends_a_job_in_front_of_it(llm, engine) -> None:
     (whole,) = run(engine, request(llm, "whole", max_tokens=40))
     stop = whole.text[10:14]
     (stopped,) = run(engine, request(llm, "stopped", max_tokens=40, stop=(stop,)))
     assert stopped.text == whole.text[: whole.text.index(stop)]
     assert isinstance(stopped.last, Ended)
     assert (stopped.last.reason, stopped.last.stop_sequence) == (StopReason.STOP_SEQUENCE, stop)
-    # the model ends a story itself: BOS or EOS is sampled sooner or later
-    events = run(engine, *[request(llm, f"eos {i}", max_tokens=490, sampling=SamplingParams(seed=i)) for i in range(4)])
-    assert any(isinstance(one.last, Ended) and one.last.reason is StopReason.EOS for one in events)
+
+
+def test_the_end_of_generation_ends_a_job_and_is_not_in_its_text(tmp_path) -> None:
+    model = TinyModel(seed=4)
+    prompt = [1, 50, 100, 200, 7]
+    greedy, _ = OracleModel(model).greedy(prompt, 6)
+    path = write_model(replace(model, eos_id=greedy[4]), tmp_path / "model.gguf")
+    with llorch.load(path, provider="numpy-cpu") as llm:
+        engine = Engine(llm)
+        (ended,) = run(engine, request(llm, "a", prompt, max_tokens=20))
+        (ignored,) = run(engine, request(llm, "b", prompt, max_tokens=6, ignore_eos=True))
+    assert isinstance(ended.last, Ended)
+    assert isinstance(ignored.last, Ended)
+    assert (ended.last.reason, ended.last.tokens) == (StopReason.EOS, tuple(greedy[:4]))
+    assert (ignored.last.reason, ignored.last.tokens) == (StopReason.MAX_TOKENS, tuple(greedy))
 
 
 def test_max_tokens_is_cut_to_the_room_in_the_context(llm, engine) -> None:

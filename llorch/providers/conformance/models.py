@@ -34,6 +34,7 @@ class TinyModel:
     rope_scale: float = 1.0
     gain: float = 1.0  # of the sub-blocks over the embedding: a tied model of gain 1 repeats its input
     seed: int = 0
+    eos_id: int = 2
 
     @property
     def head_dim(self) -> int:
@@ -99,7 +100,7 @@ def write_model(m: TinyModel, path: Path) -> Path:
     w.add_token_scores([0.0] * 259 + [-float(i) for i in range(m.vocab - 259)])
     w.add_token_types([2, 3, 3] + [6] * 256 + [1] * (m.vocab - 259))
     w.add_bos_token_id(1)
-    w.add_eos_token_id(2)
+    w.add_eos_token_id(m.eos_id)
     w.add_unk_token_id(0)
     for name, (kind, data, shape) in tensors_of(m).items():
         quantized = gguf.GGMLQuantizationType[kind]

@@ -75,8 +75,10 @@ class PagedSequences:
             first = len(self.keys[s])
             self.keys[s] = np.concatenate([self.keys[s], k[at : at + count]])
             self.values[s] = np.concatenate([self.values[s], v[at : at + count]])
-            exact = [a.astype(np.float64) for a in (q[at : at + count], self.keys[s], self.values[s])]
-            expected.append(oracle.attention(*exact, first, spec))
+            exact_q, exact_k, exact_v = (
+                a.astype(np.float64) for a in (q[at : at + count], self.keys[s], self.values[s])
+            )
+            expected.append(oracle.attention(exact_q, exact_k, exact_v, first, spec))
             at += count
         batch = self._batch(counts, padded)
         out = self.rig.output(tokens + padded, spec.heads * spec.head_dim)

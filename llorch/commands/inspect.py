@@ -1,0 +1,170 @@
+"""`llorch inspect`: what a GGUF file holds and needs, from its header alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from llorch.commands._terminal import console
+from llorch.errors import ModelError
+from llorch.settings import ReportSettings, parse
+
+if TYPE_CHECKING:
+    from llorch.core.config import ModelConfig
+    from llorch.core.gguf import GGUFFile
+
+SHORTEST_CONTEXT = 512
+
+
+class InspectSettings(ReportSettings):
+    """Show what is in a GGUF file and how much memory it needs. Weights are not read."""
+
+    model: CliPositionalArg[Path] = Field(description="GGUF file", examples=["model.gguf"])
+
+
+def main(argv: Sequence[str]) -> int:
+    settings = parse(InspectSettings, argv, "llorch inspect")
+    from llorch.core.gguf import GGUFFile
+
+    with GGUFFile.open(settings.model) as file:
+        report = _report(file)
+    if settings.as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _show(report)
+    return 0
+
+
+def _report(file: GGUFFile) -> dict[str, Any]:
+    """What --json prints. `problems` says why llorch would not serve the file; the rest is told all the same."""
+    from llorch.core.config import ModelConfig
+    from llorch.core.tokenizer import Tokenizer
+
+    problems: list[str] = []
+    config: ModelConfig | None = None
+    try:
+        config = ModelConfig.from_gguf(file)
+    except ModelError as error:
+        problems.append(str(error))
+    try:
+        kind: str | None = Tokenizer.from_gguf(file).kind
+    except ModelError as error:
+        problems.append(str(error))
+        kind = None
+    if not file.tensors:
+        problems.append(f"{file.path}: the file holds no tensors, only a vocabulary")
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    return {
+        "file": str(file.path),
+        "bytes": file.path.stat().st_size,
+        "gguf_version": file.version,
+        "name": _text(file, "general.name"),
+        "architecture": _text(file, "general.architecture"),
+        "hyperparameters": dataclasses.asdict(config) if config else None,
+        "tensors": _tensors(file),
+        "tokenizer": {
+            "model": _text(file, "tokenizer.ggml.model"),
+            "kind": kind,
+            "vocab_size": len(tokens) if isinstance(tokens, list) else 0,
+        },
+        "memory": _memory(file, config),
+        "problems": problems,
+    }
+
+
+def _text(file: GGUFFile, key: str) -> str | None:
+    """A string of the metadata, fit for a terminal whatever the file holds."""
+    value = file.metadata.get(key)
+    if not isinstance(value, str):
+        return None
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in value)
+
+
+def _tensors(file: GGUFFile) -> dict[str, Any]:
+    by_type: dict[str, dict[str, Any]] = {}
+    for tensor in file.tensors.values():
+        row = by_type.setdefault(tensor.type, {"type": tensor.type, "count": 0, "parameters": 0, "bytes": 0})
+        row["count"] += 1
+        row["parameters"] += prod(tensor.shape)
+        row["bytes"] += tensor.nbytes
+    rows = sorted(by_type.values(), key=lambda row: -row["bytes"])
+    totals = {key: sum(row[key] for row in rows) for key in ("count", "parameters", "bytes")}
+    return totals | {"by_type": rows}
+
+
+def _memory(file: GGUFFile, config: ModelConfig | None) -> dict[str, Any]:
+    """Bytes of the weights, in the file's types and as float32, and of one sequence's KV cache by context length."""
+    from llorch.providers import CacheSpec
+
+    weights = sum(tensor.nbytes for tensor in file.tensors.values())
+    expanded = sum(4 * prod(tensor.shape) for tensor in file.tensors.values())
+    cache: list[dict[str, int]] = []
+    if config is not None:
+        heads = {"layers": config.n_layers, "kv_heads": config.n_kv_heads, "head_dim": config.head_dim}
+        for context in _contexts(config.context_length):
+            sizes = {t: CacheSpec(**heads, block_size=1, blocks=context, dtype=t).nbytes for t in ("f32", "f16")}
+            cache.append({"context": context} | sizes)
+    return {"weights": weights, "weights_f32": expanded, "kv_cache": cache}
+
+
+def _contexts(longest: int) -> list[int]:
+    """Powers of two up to the model's own context, and that."""
+    return [*(c for c in (SHORTEST_CONTEXT << i for i in range(32)) if c < longest), longest]
+
+
+# ---- for people ----
+
+
+def _show(report: dict[str, Any]) -> None:
+    out, tensors, memory = console(), report["tensors"], report["memory"]
+    out.soft_wrap = True
+    out.print(f"{report['name'] or Path(report['file']).stem}: {report['architecture']}, {report['file']}")
+    out.print(f"{_size(report['bytes'])}, GGUF version {report['gguf_version']}")
+    for problem in report["problems"]:
+        out.print(f"llorch cannot serve it: {problem}", style="yellow")
+    if report["hyperparameters"]:
+        table = _table("hyperparameter", "value")
+        for name, value in report["hyperparameters"].items():
+            if name not in ("name", "architecture"):
+                table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value))
+        out.print(table)
+    if tensors["count"]:
+        table = _table("tensor type", "tensors", "parameters", "size")
+        for row in tensors["by_type"]:
+            table.add_row(row["type"], str(row["count"]), f"{row['parameters']:,}", _size(row["bytes"]))
+        out.print(table)
+    tokenizer = report["tokenizer"]
+    out.print(f"tokenizer: {tokenizer['kind'] or tokenizer['model']}, {tokenizer['vocab_size']:,} tokens")
+    weights = f"{_size(memory['weights'])} as in the file, {_size(memory['weights_f32'])} where expanded to float32"
+    out.print(f"memory of the weights: {weights}")
+    if memory["kv_cache"]:
+        table = _table("context", "KV cache f32", "KV cache f16")
+        for row in memory["kv_cache"]:
+            table.add_row(f"{row['context']:,}", _size(row["f32"]), _size(row["f16"]))
+        out.print(table)
+        out.print("KV cache: of one sequence; multiply by --parallel")
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(first, box=SIMPLE_HEAD)
+    for heading in others:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,0 +1,16 @@
+"""`llorch serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llorch.http.settings import ServeSettings
+from llorch.settings import parse
+
+
+def main(argv: Sequence[str]) -> int:
+    settings = parse(ServeSettings, argv, "llorch serve")
+    from llorch.http.server import serve  # after parsing: --help and a mistake need no NumPy
+
+    serve(settings)
+    return 0

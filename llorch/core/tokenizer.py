@@ -1,0 +1,157 @@
+"""Text to token ids and back, from the vocabulary of a GGUF file. One class per kind of vocabulary does the merging."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, Protocol
+
+from llorch.core.gguf import GGUFFile
+from llorch.core.sentencepiece_vocab import SentencePieceModel
+from llorch.core.vocabulary import TokenType, Vocabulary
+from llorch.errors import InvalidRequestError, TokenizerError, UnsupportedModelError
+
+Kind = Literal["sentencepiece", "bpe"]
+
+
+class TokenizerModel(Protocol):
+    """What a kind of vocabulary does for the Tokenizer."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    vocabulary: Vocabulary
+    token_bytes: list[bytes]  # by id; b"" for control tokens
+    space_prefix: bool  # `encode` puts a space before text at the start and after special tokens
+
+    def encode(self, text: str, after_special: bool) -> list[int]:
+        """Ids of a text that holds no special token."""
+        ...
+
+
+# tokenizer.ggml.model -> what reads it
+MODELS: dict[str, Callable[[GGUFFile], TokenizerModel]] = {"llama": SentencePieceModel}
+_NOT_YET = {"gpt2": "byte-level BPE", "bert": "WordPiece", "t5": "Unigram", "rwkv": "RWKV", "plamo2": "PLaMo-2"}
+
+
+class Tokenizer:
+    """A model's tokenizer; ids and texts are llama.cpp's. Any number of threads may use one."""
+
+    def __init__(self, model: TokenizerModel) -> None:
+        """Use `Tokenizer.from_gguf`."""
+        self._model = model
+        self._vocabulary = vocabulary = model.vocabulary
+        self.kind: Kind = model.kind
+        self.vocab_size = len(vocabulary.texts)
+        self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
+        self.eog_ids = vocabulary.eog_ids
+        self._special = _matchers(vocabulary, {TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED})
+        self._user_defined = _matchers(vocabulary, {TokenType.USER_DEFINED})
+
+    @classmethod
+    def from_gguf(cls, source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
+        """The tokenizer of a model or vocabulary file; no tensors are needed.
+
+        Raises GGUFError, TokenizerError for a vocabulary that cannot be used, UnsupportedModelError for another kind.
+        """
+        if not isinstance(source, GGUFFile):
+            with GGUFFile.open(source) as file:
+                return cls.from_gguf(file)
+        kind = source.get("tokenizer.ggml.model", str, None)
+        if kind is None:
+            raise TokenizerError(f"{source.path}: tokenizer.ggml.model is missing; use a GGUF file with a vocabulary")
+        if kind not in MODELS:
+            what = f"{_NOT_YET[kind]} vocabularies are" if kind in _NOT_YET else "this kind of vocabulary is"
+            raise UnsupportedModelError(
+                f"{source.path}: tokenizer.ggml.model is {kind!r}: {what} not supported yet; "
+                "supported: 'llama' (SentencePiece); use a model with such a vocabulary"
+            )
+        return cls(MODELS[kind](source))
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        `add_special` adds BOS and EOS where the vocabulary asks for them. `parse_special` lets texts of control tokens
+        (`<s>`, `<|im_end|>`) become those tokens: for rendered templates, never for a user's words. User-defined tokens
+        always match. Raises InvalidRequestError for a lone surrogate, which no bytes stand for.
+        """
+        _check_unicode(text)
+        vocabulary = self._vocabulary
+        ids = [vocabulary.bos_id] if add_special and vocabulary.bos_id is not None and vocabulary.add_bos else []
+        after_special = True
+        for part in _split(text, self._special if parse_special else self._user_defined):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._model.encode(part, after_special)
+            after_special = isinstance(part, int)
+        if add_special and vocabulary.eos_id is not None and vocabulary.add_eos:
+            ids.append(vocabulary.eos_id)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, without control tokens: what `encode` was given.
+
+        So the space that `encode` puts at the start and after a user-defined token is taken away again, unlike in the
+        stream of an IncrementalDetokenizer, which continues a text. Bytes that are no UTF-8 become U+FFFD.
+        Raises InvalidRequestError for an id outside the vocabulary.
+        """
+        types, data = self._vocabulary.types, bytearray()
+        after_special = self._model.space_prefix
+        for token in ids:
+            piece = self.token_bytes(token)
+            if types[token] == TokenType.USER_DEFINED:
+                data += piece
+                after_special = self._model.space_prefix
+            elif piece:
+                data += piece.removeprefix(b" ") if after_special else piece
+                after_special = False
+        return data.decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one token adds to a text, perhaps a part of a character; b"" for a control token.
+
+        Raises InvalidRequestError for an id outside the vocabulary.
+        """
+        if not 0 <= token < self.vocab_size:
+            raise InvalidRequestError(
+                f"token {token} is outside the vocabulary of {self.vocab_size}: use ids from 0 to {self.vocab_size - 1}"
+            )
+        return self._model.token_bytes[token]
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"character {error.start} of {len(text)} is the lone surrogate U+{ord(text[error.start]):04X}: "
+            "send well-formed Unicode"
+        ) from None
+
+
+def _matchers(vocabulary: Vocabulary, kinds: set[TokenType]) -> dict[str, int]:
+    """Ids by the text that is matched, longest (in bytes) first."""
+    texts = {t: i for i, (t, k) in enumerate(zip(vocabulary.texts, vocabulary.types, strict=True)) if t and k in kinds}
+    return dict(sorted(texts.items(), key=lambda item: -len(item[0].encode())))
+
+
+def _split(text: str, matchers: dict[str, int]) -> list[str | int]:
+    """Text and special tokens in their order. As in llama.cpp a longer token wins over a shorter one that overlaps it,
+    even where the shorter one starts first."""
+    parts: list[str | int] = [text] if text else []
+    for special, token in matchers.items():
+        if special in text:
+            parts = [piece for part in parts for piece in _cut(part, special, token)]
+    return parts
+
+
+def _cut(part: str | int, special: str, token: int) -> Iterator[str | int]:
+    if isinstance(part, int):
+        yield part
+        return
+    for index, piece in enumerate(part.split(special)):
+        if index:
+            yield token
+        if piece:
+            yield piece

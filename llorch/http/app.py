@@ -1,0 +1,36 @@
+"""The application: routes, errors, /docs, and what wraps them all."""
+
+from __future__ import annotations
+
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.types import ASGIApp
+
+from llorch.http.auth import APIKeys
+from llorch.http.bodies import CANCEL_FIELDS, execute_fields
+from llorch.http.docs import Body, assets_router, docs_config
+from llorch.http.errors import EXCEPTION_HANDLERS
+from llorch.http.logs import RequestLog
+from llorch.http.service import Worker
+from llorch.http.settings import ServeSettings
+from llorch.http.worker import ROUTES
+
+
+def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
+    """The ASGI application of one worker."""
+    keys = settings.api_keys
+    example = {"job_id": "job-1", "prompt": "Once upon a time", "max_tokens": 64, "temperature": 0}
+    bodies = {
+        "/execute": Body(execute_fields(settings.max_tokens_limit, None), example),
+        "/cancel": Body(CANCEL_FIELDS, {"job_id": "job-1"}),
+    }
+    app = Litestar(
+        route_handlers=[*ROUTES, assets_router()],
+        dependencies={"worker": Provide(lambda: worker, sync_to_thread=False)},
+        exception_handlers=EXCEPTION_HANDLERS,
+        openapi_config=docs_config(bodies, with_keys=bool(keys)),
+        request_max_body_size=settings.max_body_bytes,
+        logging_config=None,  # logs.py configures all of them
+    )
+    # around Litestar, not within: routes that do not exist need a correlation id and a key too
+    return RequestLog(APIKeys(app, keys))

@@ -1,0 +1,57 @@
+"""API keys: every route but /health and the page at / wants one where any are set."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from llorch.http.errors import send_json
+
+OPEN_PATHS = frozenset({"/", "/health"})
+
+
+class APIKeys:
+    """ASGI middleware. Wraps the whole application, so that routes that do not exist tell nothing either."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP or not self._digests or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        token = _bearer(scope["headers"])
+        if token is None:
+            await _refuse(send, "MISSING_API_KEY", "send the header Authorization: Bearer KEY")
+        elif not self._known(token):
+            await _refuse(send, "INVALID_API_KEY", "this API key is not one of the worker's")
+        else:
+            await self._app(scope, receive, send)
+
+    def _known(self, token: bytes) -> bool:
+        # digests are of one length and all are compared, so that the time taken tells nothing about any key
+        given = _digest(token)
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return any(matches)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """The token of the first Authorization header, or None where there is no bearer token."""
+    value = next((value for name, value in headers if name == b"authorization"), b"")
+    scheme, _, token = value.partition(b" ")
+    token = token.strip()
+    return token if scheme.lower() == b"bearer" and token else None
+
+
+async def _refuse(send: Send, code: str, message: str) -> None:
+    body = {"error": {"code": code, "message": message}}
+    await send_json(send, 401, body, {"www-authenticate": "Bearer"})

@@ -1,0 +1,102 @@
+"""Structured logs, and what ties their lines to a request: the correlation id."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import uuid
+from typing import Any, Literal
+
+import structlog
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+LogFormat = Literal["auto", "json", "console"]
+
+HEADER = b"x-correlation-id"
+MAX_ID_LENGTH = 128
+POLLED_PATHS = frozenset({"/health", "/metrics"})  # asked for every few seconds: logged at debug level only
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+def configure_logging(log_format: LogFormat, level: str) -> None:
+    """Sends every line, of llorch and of its libraries, to stdout in one format.
+
+    "auto" is "console" on a terminal and "json" elsewhere. `level` is one of logging's names.
+    """
+    terminal = sys.stdout.isatty()
+    shared: list[structlog.types.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+    as_json = log_format == "json" or (log_format == "auto" and not terminal)
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers(as_json, terminal)],
+    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+    for noisy in ("uvicorn", "httpx", "httpcore"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _renderers(as_json: bool, colors: bool) -> list[structlog.types.Processor]:
+    if as_json:
+        return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    # the default formatter of exceptions prints local variables, and a prompt may be among them
+    plain = structlog.dev.plain_traceback
+    return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
+
+
+class RequestLog:
+    """ASGI middleware around everything: a correlation id for each request, and one line when it is over."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP:
+            await self._app(scope, receive, send)
+            return
+        correlation_id = _correlation_id(scope["headers"])
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(correlation_id=correlation_id)
+        began, status = time.monotonic(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (HEADER, correlation_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            _log_request(scope, status, time.monotonic() - began)
+
+
+def _log_request(scope: Any, status: int, seconds: float) -> None:
+    # neither query nor headers: a prompt or a key may be in them
+    line = {"method": scope["method"], "path": scope["path"][:200], "status": status}
+    write = log.debug if scope["path"] in POLLED_PATHS else log.info
+    write("request", **line, duration_ms=round(seconds * 1000, 1))
+
+
+def _correlation_id(headers: Any) -> str:
+    """The client's id where it is 1 to 128 printable ASCII characters, else a new one."""
+    for name, value in headers:
+        if name == HEADER and 0 < len(value) <= MAX_ID_LENGTH and all(0x21 <= byte <= 0x7E for byte in value):
+            return str(value.decode("ascii"))
+    return uuid.uuid4().hex

@@ -1,0 +1,80 @@
+"""GET /metrics: what Prometheus reads. Each application has a registry of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from llorch.core.engine import EngineStats
+
+OUTCOMES = ("ended", "cancelled", "failed", "rejected")  # rejected: refused before it was accepted into the queue
+
+# seconds; from a cached prompt on an accelerator to a long one on a busy CPU
+FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
+
+
+class Metrics:
+    """Counters and histograms of one worker; the engine's own numbers are read when they are asked for."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._registry = CollectorRegistry()
+        self._started = time.monotonic()
+        self.accepted = Counter(
+            "llorch_requests_accepted", "Requests accepted into the queue.", registry=self._registry
+        )
+        self._outcomes = Counter("llorch_requests", "Requests by outcome.", ["outcome"], registry=self._registry)
+        for outcome in OUTCOMES:
+            self._outcomes.labels(outcome)  # a series that is absent until its first event breaks rate()
+        self.first_token = Histogram(
+            "llorch_time_to_first_token_seconds",
+            "From acceptance into the queue to the first text.",
+            buckets=FIRST_TOKEN_BUCKETS,
+            registry=self._registry,
+        )
+        self.inter_token = Histogram(
+            "llorch_inter_token_seconds",
+            "Between two token events of a request.",
+            buckets=INTER_TOKEN_BUCKETS,
+            registry=self._registry,
+        )
+        self._registry.register(_EngineCollector(stats, lambda: self.uptime))
+        ProcessCollector(registry=self._registry)
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the worker began."""
+        return time.monotonic() - self._started
+
+    def count(self, outcome: str) -> None:
+        self._outcomes.labels(outcome).inc()
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition and its content type, in the format that an Accept header asks for."""
+        encoder, content_type = choose_encoder(accept)
+        return encoder(self._registry), content_type
+
+
+class _EngineCollector(Collector):
+    def __init__(self, stats: Callable[[], EngineStats], uptime: Callable[[], float]) -> None:
+        self._stats, self._uptime = stats, uptime
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        yield CounterMetricFamily("llorch_tokens_generated", "Tokens generated.", stats.tokens_generated)
+        yield CounterMetricFamily("llorch_prompt_tokens", "Prompt tokens of requests that ran.", stats.prompt_tokens)
+        yield CounterMetricFamily("llorch_engine_steps", "Steps of the engine.", stats.steps)
+        yield CounterMetricFamily(
+            "llorch_engine_shared_steps", "Steps that held tokens of two or more requests.", stats.shared_steps
+        )
+        yield GaugeMetricFamily("llorch_queue_depth", "Requests that wait.", stats.waiting)
+        yield GaugeMetricFamily("llorch_running_requests", "Requests that run.", stats.running)
+        yield GaugeMetricFamily("llorch_kv_blocks_used", "Blocks of the KV cache in use.", stats.kv_blocks_used)
+        yield GaugeMetricFamily("llorch_kv_blocks_total", "Blocks of the KV cache.", stats.kv_blocks_total)
+        yield GaugeMetricFamily("llorch_vram_bytes", "Bytes of weights and cache on the device.", stats.device_bytes)
+        yield GaugeMetricFamily("llorch_uptime_seconds", "Seconds since the worker began.", self._uptime())

@@ -1,0 +1,233 @@
+"""The process: binds, loads, announces, serves, and ends in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Iterator
+from types import FrameType
+
+import structlog
+import uvicorn
+
+from llorch.core.engine import EngineThread
+from llorch.core.llm import LLM, load
+from llorch.core.loader import Progress
+from llorch.errors import EngineError, LlorchError, SettingsError
+from llorch.http.app import create_app
+from llorch.http.callback import announce
+from llorch.http.logs import configure_logging
+from llorch.http.service import Worker
+from llorch.http.settings import ServeSettings
+from llorch.http.stream import Timing
+
+log = structlog.stdlib.get_logger(__name__)
+
+ENGINE_STOP_SECONDS = 5.0
+CONNECTION_SECONDS = 2  # for connections to close once no job is left; a client that does not read never does
+IDLE_CONNECTION_SECONDS = 75  # longer than an orchestrator's pause between two health checks
+PROGRESS_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def serve(settings: ServeSettings) -> None:
+    """Runs a worker until a signal ends it. Raises LlorchError when it cannot start or go on."""
+    configure_logging(settings.log_format, settings.log_level)
+    listener = bind(settings)
+    with contextlib.closing(listener):
+        asyncio.run(WorkerProcess(settings, listener).run())
+
+
+def bind(settings: ServeSettings) -> socket.socket:
+    """A listening socket. Raises SettingsError where the address is taken, unknown, or open to others without a key."""
+    host, port = settings.host, settings.port
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise SettingsError(f"--host {host} is no address of this machine: {error.strerror}") from error
+    if not ipaddress.ip_address(address[0]).is_loopback and not settings.api_keys and not settings.insecure:
+        raise SettingsError(f"--host {host} can be reached by others: set LLORCH_API_KEY, or allow it with --insecure")
+    try:
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        hint = "choose another with --port, or --port 0 for any that is free"
+        raise SettingsError(f"cannot listen on {host} port {port} ({error.strerror}): {hint}") from error
+
+
+class QuietServer(uvicorn.Server):
+    """uvicorn without its signal handlers: they close the listener at once, and clients would be refused, not told."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class WorkerProcess:
+    """One run of `llorch serve`."""
+
+    def __init__(self, settings: ServeSettings, listener: socket.socket) -> None:
+        self._settings, self._listener = settings, listener
+        self._worker_id = settings.worker_id or uuid.uuid4().hex
+        self._uri = settings.uri or _uri(settings.host, listener.getsockname()[1])
+        self._engine = EngineThread(
+            self._load,
+            max_queue=settings.max_queue,
+            queue_timeout=settings.queue_timeout,
+            stall_seconds=settings.step_timeout,
+        )
+        self._failure: LlorchError | None = None
+        self._signalled = False
+
+    async def run(self) -> None:
+        """Serves until a signal comes or the start fails; then finishes what runs. Raises what made the start fail."""
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        worker = self._worker()
+        server = self._server(worker)
+        with self._signals():
+            serving = asyncio.create_task(server.serve(sockets=[self._listener]))
+            serving.add_done_callback(lambda _: self._stopping.set())
+            starting = asyncio.create_task(self._start())
+            await self._stopping.wait()
+            starting.cancel()
+            log.info("shutting down", timeout_s=self._settings.shutdown_timeout)
+            await worker.drain(self._settings.shutdown_timeout)
+            server.should_exit = True
+            await serving
+            await self._stop_engine()
+        log.info("stopped")
+        if self._failure is not None:
+            raise self._failure
+
+    async def _stop_engine(self) -> None:
+        wait = ENGINE_STOP_SECONDS if self._engine.ready else 0.0  # a load that is under way cannot be told to end
+        if not await asyncio.to_thread(self._engine.stop, wait):
+            # the interpreter must not be taken down under a thread that is within the device's library
+            log.warning("the engine thread is still busy: ended without it")
+            sys.stdout.flush()
+            os._exit(1 if self._failure is not None else 0)
+
+    def _worker(self) -> Worker:
+        settings = self._settings
+        timing = Timing(settings.keep_alive, settings.metrics_interval, settings.request_timeout)
+        return Worker(self._engine, max_tokens_limit=settings.max_tokens_limit, timing=timing)
+
+    def _server(self, worker: Worker) -> QuietServer:
+        config = uvicorn.Config(
+            create_app(worker, self._settings),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_keep_alive=IDLE_CONNECTION_SECONDS,
+            timeout_graceful_shutdown=CONNECTION_SECONDS,
+        )
+        return QuietServer(config)
+
+    # ---- the start ----
+
+    async def _start(self) -> None:
+        """Loads the model and tells the pool manager; a failure ends the process."""
+        try:
+            llm = await self._loaded()
+            for line in llm.start_lines:
+                log.info(line)
+            load_s = round(llm.load_seconds, 2)
+            log.info("ready", uri=self._uri, model=llm.config.name, worker_id=self._worker_id, load_s=load_s)
+            if self._settings.callback_url is not None:
+                await self._announce(self._settings.callback_url, llm)
+        except LlorchError as error:
+            self._failure = error
+            self._stopping.set()
+
+    async def _loaded(self) -> LLM:
+        done = asyncio.Event()
+
+        def wake() -> None:
+            # a model that is ready after the process was told to end finds the loop closed
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(done.set)
+
+        self._engine.on_ready = self._engine.on_failed = wake
+        self._engine.start()
+        await done.wait()
+        error = self._engine.load_error
+        if isinstance(error, LlorchError):
+            raise error
+        if error is not None or self._engine.llm is None:
+            raise EngineError(f"loading failed: {type(error).__name__}: {error}") from error
+        return self._engine.llm
+
+    def _load(self, progress: Progress) -> LLM:
+        """On the engine's thread."""
+        settings = self._settings
+        report = LoadReport(str(settings.model), self._uri, progress)
+        report(0.0, "starting")
+        return load(
+            settings.model,
+            provider=settings.provider,
+            device=settings.device,
+            context=settings.context,
+            cache_type=settings.cache_type,
+            parallel=settings.parallel,
+            chunk=settings.chunk,
+            threads=settings.threads,
+            progress=report,
+        )
+
+    async def _announce(self, url: str, llm: LLM) -> None:
+        registration = {
+            "worker_id": self._worker_id,
+            "vram_bytes": llm.device_bytes,
+            "uri": self._uri,
+            "model_ref": llm.model_ref,
+            "worker_type": llm.provider_name,
+            "memory_architecture": llm.device_info.memory_architecture,
+            "capabilities": ["text-gen"],
+        }
+        settings = self._settings
+        await announce(url, registration, timeout=settings.callback_timeout, pause=settings.callback_pause)
+
+    # ---- signals ----
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._signalled:
+            print("llorch: a second signal: ended at once", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        self._signalled = True
+        self._loop.call_soon_threadsafe(self._stopping.set)
+
+
+class LoadReport:
+    """Passes a load's progress on, with a log line at each quarter."""
+
+    def __init__(self, model: str, uri: str, progress: Progress) -> None:
+        self._model, self._uri, self._progress = model, uri, progress
+        self._due = list(PROGRESS_STEPS)
+
+    def __call__(self, fraction: float, text: str) -> None:
+        self._progress(fraction, text)
+        while self._due and fraction >= self._due[0]:
+            step = self._due.pop(0)
+            log.info("loading", progress=step, percent=round(100 * step), model=self._model, uri=self._uri, doing=text)
+
+
+def _uri(host: str, port: int) -> str:
+    """Where the worker can be reached from outside: a wildcard address is nobody's to connect to."""
+    name = socket.gethostname() if host in ("", "0.0.0.0", "::") else host
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"

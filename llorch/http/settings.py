@@ -1,0 +1,72 @@
+"""Settings of `llorch serve`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator
+
+from llorch.settings import ModelSettings
+
+TEST_CALLBACK = "localhost:9999"
+
+
+class ServeSettings(ModelSettings):
+    """Serve a model over HTTP."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8080, ge=0, le=65535, description="port to listen on; 0 takes any that is free and prints it")
+    api_key: SecretStr | None = Field(
+        None, description="keys that clients must send, separated by commas; better set as LLORCH_API_KEY"
+    )
+    insecure: bool = Field(False, description="allow an address that others can reach without an API key")
+
+    worker_id: str | None = Field(None, min_length=1, description="this worker's name in its pool, random by default")
+    callback_url: str | None = Field(
+        None, description=f"pool manager's URL, told once when the model is ready; {TEST_CALLBACK} in it is test mode"
+    )
+    callback_timeout: float = Field(10.0, gt=0, description="seconds that one try of the callback may take")
+    callback_pause: float = Field(0.5, ge=0, description="seconds before the second try; the pause doubles each time")
+    uri: str | None = Field(None, description="where the pool reaches this worker, http://HOST:PORT by default")
+
+    max_queue: int = Field(64, ge=0, description="requests that may wait for a place")
+    queue_timeout: float | None = Field(
+        None, gt=0, description="most seconds that a request waits, no limit by default"
+    )
+    request_timeout: float | None = Field(
+        None, gt=0, description="most seconds that a request runs, no limit by default"
+    )
+    step_timeout: float = Field(60.0, gt=0, description="seconds without a step after which the worker is unhealthy")
+    max_tokens_limit: int = Field(2048, ge=1, description="most tokens that one request may ask for")
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="largest request body")
+    keep_alive: float = Field(10.0, gt=0, description="seconds of silence in a stream before a keep-alive comment")
+    metrics_interval: float = Field(1.0, gt=0, description="seconds between the metrics events of a stream")
+    shutdown_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish at the end")
+
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="console on a terminal and json elsewhere, or one of them"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+    @field_validator("api_key")
+    @classmethod
+    def _holds_a_key(cls, value: SecretStr | None) -> SecretStr | None:
+        # a variable that was meant to hold keys and holds none must not leave the worker open
+        if value is not None and not _split(value):
+            raise ValueError("expected one key or several separated by commas")
+        return value
+
+    @field_validator("callback_url")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value is not None and TEST_CALLBACK not in value and not value.startswith(("http://", "https://")):
+            raise ValueError("expected a URL that begins with http:// or https://")
+        return value
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        return () if self.api_key is None else tuple(_split(self.api_key))
+
+
+def _split(value: SecretStr) -> list[str]:
+    return [key for part in value.get_secret_value().split(",") if (key := part.strip())]

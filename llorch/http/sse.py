@@ -1,0 +1,51 @@
+"""Server-sent events as the worker contract wants them: an `event:` line, and the type in the JSON too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from llorch.core.requests import Ended, Started, Token
+from llorch.errors import LlorchError
+
+HEADERS: tuple[tuple[bytes, bytes], ...] = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-store, no-transform"),
+    (b"x-accel-buffering", b"no"),  # nginx holds a stream back without it
+)
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+def encode(kind: str, fields: Mapping[str, object]) -> bytes:
+    """One event. JSON escapes every line break, so that `data:` is always a single line."""
+    data = json.dumps({"type": kind, **fields}, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {kind}\ndata: {data}\n\n".encode()
+
+
+def started(job_id: str, model: str, event: Started) -> bytes:
+    at = datetime.fromtimestamp(event.started_at, UTC).isoformat(timespec="milliseconds")
+    return encode("started", {"job_id": job_id, "model": model, "started_at": at, "seed": event.seed})
+
+
+def token(event: Token) -> bytes:
+    return encode("token", {"t": event.text, "i": event.index})
+
+
+def metrics(tokens_per_second: float, vram_bytes: int) -> bytes:
+    return encode("metrics", {"tokens_per_sec": round(tokens_per_second, 2), "vram_bytes": vram_bytes})
+
+
+def end(event: Ended) -> bytes:
+    fields: dict[str, object] = {
+        "tokens_out": event.tokens_out,
+        "decode_time_ms": round(event.decode_seconds * 1000),
+        "stop_reason": event.reason.value,
+    }
+    if event.stop_sequence is not None:
+        fields["stop_sequence_matched"] = event.stop_sequence
+    return encode("end", fields)
+
+
+def error(failure: LlorchError) -> bytes:
+    return encode("error", {"code": failure.code, "message": str(failure), "retriable": failure.retriable})

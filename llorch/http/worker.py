@@ -1,0 +1,189 @@
+"""The routes of the worker contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from litestar import MediaType, Request, Response, get, post
+from litestar.datastructures import ResponseHeader
+from litestar.exceptions import InternalServerException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.types import ASGIApp
+
+from llorch.core.llm import LLM
+from llorch.errors import CancelledError
+from llorch.http.bodies import CANCEL_FIELDS, parse_body
+from llorch.http.errors import RETRY_AFTER_SECONDS
+from llorch.http.service import Worker
+
+# ---- what responses hold ----
+
+
+@dataclass
+class Healthy:
+    """The model is loaded and the engine makes progress."""
+
+    model: str
+    provider: str
+    device: str
+    quant_kind: str  # the weight type that holds most bytes
+    vram_bytes_used: int  # weights and cache
+    tokenizer_kind: str
+    vocab_size: int
+    context_length: int
+    uptime_seconds: float
+    capabilities: list[str]
+    status: Literal["healthy"] = "healthy"
+    resident: bool = True
+    protocol: Literal["sse"] = "sse"
+
+
+@dataclass
+class Loading:
+    """The model is being loaded; `progress` is 0.0 to 1.0."""
+
+    progress: float
+    status: Literal["loading"] = "loading"
+
+
+@dataclass
+class Unhealthy:
+    """No job is taken, for this reason."""
+
+    reason: str
+    status: Literal["unhealthy"] = "unhealthy"
+
+
+@dataclass
+class ErrorBody:
+    """Why a request was not served, and whether the same request may succeed later."""
+
+    code: str
+    message: str
+    retriable: bool
+
+
+@dataclass
+class ViolationBody:
+    """`value` is left out for the prompt, stop strings and long values."""
+
+    field: str
+    constraint: str
+    message: str
+    value: str | int | float | bool | None = None
+
+
+@dataclass
+class Violations:
+    """Every rule that the body breaks, at once."""
+
+    errors: list[ViolationBody]
+
+
+@dataclass
+class CancelAccepted:
+    """`found` is false where no such job waits or runs; that is no error."""
+
+    job_id: str
+    found: bool
+
+
+def error_spec(description: str) -> ResponseSpec:
+    return ResponseSpec(ErrorBody, description=description, generate_examples=False)
+
+
+INVALID = ResponseSpec(
+    Violations, description="The body breaks the contract; every violation is listed.", generate_examples=False
+)
+TOO_LARGE = error_spec("BODY_TOO_LARGE: the body has more bytes than the worker takes.")
+
+# ---- the routes ----
+
+
+@get(
+    "/health",
+    tags=["worker"],
+    summary="Whether the worker takes jobs",
+    description="Never needs a key. 503 while the model loads, and when the engine is dead, stuck or shutting down.",
+    responses={503: ResponseSpec(Loading | Unhealthy, description="Not now.", generate_examples=False)},
+)
+async def health(worker: Worker) -> Response[Healthy | Loading | Unhealthy]:
+    llm = worker.engine.llm
+    if worker.unavailable is None and llm is not None:
+        return Response(_healthy(llm, worker))
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS["WORKER_UNHEALTHY"])}
+    if worker.loading and not worker.draining:
+        return Response(Loading(worker.engine.progress), status_code=503, headers=headers)
+    return Response(Unhealthy(worker.unavailable or "the model is not loaded"), status_code=503, headers=headers)
+
+
+def _healthy(llm: LLM, worker: Worker) -> Healthy:
+    return Healthy(
+        model=llm.config.name,
+        provider=llm.provider_name,
+        device=llm.device_info.name,
+        quant_kind=llm.quant_kind,
+        vram_bytes_used=llm.device_bytes,
+        tokenizer_kind=llm.tokenizer.kind,
+        vocab_size=llm.config.vocab_size,
+        context_length=llm.context,
+        uptime_seconds=round(worker.metrics.uptime, 3),
+        capabilities=["text-gen"],
+    )
+
+
+@post(
+    "/execute",
+    status_code=200,
+    tags=["worker"],
+    summary="Generate text, streamed as server-sent events",
+    description="The stream begins when the job is accepted into the queue. Its events are `started`, then `token`s "
+    "with `metrics` between them, then exactly one of `end` and `error`. Hanging up cancels the job.",
+    responses={
+        400: INVALID,
+        409: error_spec("JOB_EXISTS: a job of that id waits or runs."),
+        413: TOO_LARGE,
+        499: error_spec("CANCELLED: the job was cancelled before it was queued."),
+        503: error_spec("QUEUE_FULL or WORKER_UNHEALTHY, with the header Retry-After."),
+    },
+)
+async def execute(request: Request[Any, Any, Any], worker: Worker) -> ASGIApp:
+    return await worker.start(await _body(request))
+
+
+@post(
+    "/cancel",
+    status_code=202,
+    tags=["worker"],
+    summary="Cancel a job",
+    description="Idempotent, also for a job that still waits. Its stream ends with an `error` event, code CANCELLED; "
+    "no token follows.",
+    responses={400: INVALID, 413: TOO_LARGE},
+)
+async def cancel(request: Request[Any, Any, Any], worker: Worker) -> Response[CancelAccepted]:
+    job_id: str = parse_body(await _body(request), CANCEL_FIELDS)["job_id"]
+    return Response(CancelAccepted(job_id, worker.cancel(job_id)), status_code=202)
+
+
+@get(
+    "/metrics",
+    tags=["worker"],
+    media_type=MediaType.TEXT,
+    summary="Prometheus metrics",
+    response_headers=[ResponseHeader(name="content-type", documentation_only=True, required=True)],
+)
+async def metrics(request: Request[Any, Any, Any], worker: Worker) -> Response[bytes]:
+    content, content_type = worker.metrics.render(request.headers.get("accept", ""))
+    return Response(content, media_type=content_type)
+
+
+async def _body(request: Request[Any, Any, Any]) -> bytes:
+    """The raw body: its content type does not matter, and bodies.py says what is wrong with it."""
+    try:
+        return await request.body()
+    except InternalServerException as error:
+        raise CancelledError("the client left before its request was whole") from error
+
+
+ROUTES = (health, execute, cancel, metrics)

@@ -1,0 +1,285 @@
+"""Settings of the commands: each is one pydantic-settings field.
+
+Its value comes from the command line (`--cache-type f16`), else the environment (`LLORCH_CACHE_TYPE=f16`), else
+`llorch.toml` in the working directory (`cache_type = "f16"`), else the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
+
+import pydantic_settings as ps
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from llorch import cli
+from llorch.errors import SettingsError
+
+ENV_PREFIX = "LLORCH_"
+TOML = "llorch.toml"
+_NONE = "\0"  # what pydantic-settings reads as None; a prompt or name may well be "null", but no argument holds a NUL
+_METAVARS = {"int": "N", "float": "X", "str": "TEXT", "list[str]": "TEXT"}
+_NOUNS = {int: "a whole number", float: "a number", bool: "true or false"}
+_EPILOG = (
+    f"An option is also an environment variable (--cache-type: {ENV_PREFIX}CACHE_TYPE) "
+    f"and a key of {TOML} in the working directory (cache_type); the command line counts most, {TOML} least."
+)
+
+
+def _split(value: object) -> object:
+    """`a,b` of a variable as a list; a JSON list where a value holds a comma. Options and llorch.toml give lists."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"expected values separated by commas, or a JSON list ({error})") from error
+    return [item for item in value.split(",") if item]
+
+
+StringList = Annotated[list[str], ps.NoDecode, BeforeValidator(_split)]
+"""A repeatable option, `--stop A --stop B`, each value taken literally; `LLORCH_STOP=A,B` or a JSON list."""
+
+
+class CommandSettings(ps.BaseSettings):
+    """Base of every command's settings. The docstring of a subclass is the command's description in --help."""
+
+    model_config = ps.SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_prefix_target="all",  # names given as validation_alias too
+        cli_kebab_case=True,
+        cli_implicit_flags="dual",
+        cli_hide_none_type=True,
+        cli_parse_none_str=_NONE,
+        hide_input_in_errors=True,  # a traceback must not show a key
+    )
+
+    debug: bool = Field(False, description="show the traceback of an error")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[ps.BaseSettings],
+        init_settings: ps.PydanticBaseSettingsSource,
+        env_settings: ps.PydanticBaseSettingsSource,
+        dotenv_settings: ps.PydanticBaseSettingsSource,
+        file_secret_settings: ps.PydanticBaseSettingsSource,
+    ) -> tuple[ps.PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, ps.InitSettingsSource(settings_cls, _toml_values(settings_cls))
+
+
+class ReportSettings(CommandSettings):
+    """What every command that prints a report takes."""
+
+    as_json: bool = Field(False, validation_alias="json", description="print JSON, for programs")
+
+
+class ModelSettings(CommandSettings):
+    """What every command that loads a model takes."""
+
+    model: Path = Field(description="GGUF file to load", examples=["model.gguf"])
+    provider: str = Field("auto", description="compute provider; `llorch providers` lists them")
+    device: str | None = Field(None, description="one of the provider's devices, its best by default")
+    context: int | None = Field(None, ge=2, description="most tokens of a sequence, the model's own limit by default")
+    cache_type: Literal["f32", "f16"] | None = Field(None, description="KV cache type, the provider's by default")
+    parallel: int = Field(8, ge=1, le=4096, description="sequences that run together")
+    chunk: int = Field(512, ge=1, description="most prompt tokens of one step")
+    threads: int | None = Field(None, ge=1, description="CPU threads, the provider's choice by default")
+
+
+Settings = TypeVar("Settings", bound=CommandSettings)
+
+
+def parse(settings: type[Settings], argv: Sequence[str], prog: str) -> Settings:
+    """Reads a command's settings; `--help` prints and raises SystemExit(0).
+
+    Raises SettingsError with a line for each of the first two mistakes: the setting as it was written, its value,
+    and what is allowed.
+    """
+    parser = _Parser(prog, settings.__doc__)
+    try:
+        source: ps.CliSettingsSource[Any] = ps.CliSettingsSource(
+            settings,
+            root_parser=parser,
+            parse_args_method=_Parser.parse_literally,
+            add_argument_method=_Parser.add_setting,
+        )
+        source(args=list(argv))
+        keywords: dict[str, Any] = {"_cli_settings_source": source}  # unpacked, as type checkers know the fields alone
+        found = settings(**keywords)
+    except ValidationError as error:
+        lines = [_explain(settings, details, argv, parser) for details in error.errors()]
+        more = [f"and {len(lines) - 2} more"] if len(lines) > 2 else []
+        raise SettingsError("\n".join(lines[:2] + more)) from error
+    except ps.SettingsError as error:
+        raise SettingsError(str(error)) from error
+    cli.tracebacks = cli.tracebacks or found.debug
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse under pydantic-settings, with the project's errors and a help text without its type names."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        self.names: dict[str, list[str]] = {}  # field: its options, or the positional's name
+        self.given: set[str] = set()  # fields on the command line
+        super().__init__(
+            prog=prog, description=description, epilog=_EPILOG, allow_abbrev=False, formatter_class=_help_formatter
+        )
+        # a command's own options come first, those it shares with others below
+        model, general = self.add_argument_group("model options"), self.add_argument_group("general options")
+        self._groups = dict.fromkeys(_fields(ModelSettings), model) | dict.fromkeys(_fields(ReportSettings), general)
+
+    def add_setting(self, *names: str, **kwargs: Any) -> argparse.Action:
+        positional = not names[0].startswith("-")
+        self.names[kwargs.get("dest", names[0])] = [kwargs["metavar"]] if positional else list(names)
+        for nothing in (_NONE, "False", "[]"):
+            kwargs["help"] = kwargs["help"].replace(f" (default: {nothing})", "")
+        if positional:
+            kwargs["nargs"] = "?"  # it may come from the environment; pydantic says where it is missing
+        elif "metavar" in kwargs:
+            metavar = kwargs["metavar"]
+            kwargs["metavar"] = _METAVARS.get(metavar, metavar if "{" in metavar else metavar.upper())
+        group = self if positional else self._groups.get(kwargs["dest"], self)
+        return group.add_argument(*names, **kwargs)
+
+    def parse_literally(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        """Repeated options become JSON: pydantic-settings would split at commas, strip spaces and read escapes."""
+        found = self.parse_args(args, namespace)
+        self.given = {name for name, value in vars(found).items() if value is not PydanticUndefined}
+        for name, value in vars(found).items():
+            if isinstance(value, list):
+                setattr(found, name, json.dumps(value))
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown == message:
+            raise SettingsError(f"{message.removeprefix('argument ')}. See {self.prog} --help")
+        first = unknown.split()[0].split("=")[0]
+        if not first.startswith("-"):
+            raise SettingsError(f"unexpected argument {first!r}. See {self.prog} --help")
+        options = [name for names in self.names.values() for name in names]
+        hint = _suggest(first, options) or "."
+        raise SettingsError(f"unknown option {first}{hint} See {self.prog} --help")
+
+
+def _help_formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=32)
+
+
+def _fields(settings: type[ps.BaseSettings]) -> dict[str, FieldInfo]:
+    """The fields by the name a user writes, with underscores."""
+    named = settings.model_fields.items()
+    return {info.validation_alias if isinstance(info.validation_alias, str) else name: info for name, info in named}
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# ---- llorch.toml ----
+
+
+def _toml_values(settings: type[ps.BaseSettings]) -> dict[str, Any]:
+    """What llorch.toml says for this command; keys of other commands are passed over."""
+    path = Path(TOML)
+    if not path.is_file():
+        return {}
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f"{TOML} cannot be read: {error}") from error
+    written = {key.replace("-", "_"): key for key in data}
+    own = _fields(settings).keys()
+    if foreign := written.keys() - own:
+        known = _known_keys() | own
+        for key in foreign - known:
+            hint = _suggest(key, sorted(known)) or "; keys are the options of the commands, such as model or cache_type"
+            raise SettingsError(f"{TOML}: unknown key {written[key]!r}{hint}")
+    return {key: data[name] for key, name in written.items() if key in own}
+
+
+def _known_keys() -> set[str]:
+    """The fields of every command's settings."""
+    for name in cli.COMMANDS:
+        importlib.import_module(f"llorch.commands.{name}")
+
+    def fields(settings: type[CommandSettings]) -> Iterator[str]:
+        yield from _fields(settings)
+        for derived in settings.__subclasses__():
+            yield from fields(derived)
+
+    return set(fields(CommandSettings))
+
+
+# ---- validation errors as a user reads them ----
+
+
+def _explain(settings: type[CommandSettings], details: ErrorDetails, argv: Sequence[str], parser: _Parser) -> str:
+    if not details["loc"]:  # a rule over several settings says itself which
+        return _reason(details)
+    field = str(details["loc"][0])
+    info = _fields(settings)[field]
+    name = parser.names[field][0]
+    if details["type"] == "missing":
+        before = name if name.startswith("-") else parser.prog
+        example = f", for example {before} {info.examples[0]}" if info.examples else ""
+        return f"{name} is missing{example} (or set {ENV_PREFIX}{field.upper()}, or {field} in {TOML})"
+    value = "" if "Secret" in repr(info.annotation) else f", not {details['input']!r}"
+    return f"{_origin(field, argv, parser)}: {_expected(info, details)}{value}"
+
+
+def _origin(field: str, argv: Sequence[str], parser: _Parser) -> str:
+    """Where the value was written, as it was written there."""
+    names = parser.names[field]
+    if field in parser.given:
+        options = [*names, *(f"--no-{name.removeprefix('--')}" for name in names)]
+        written = (o for o in options for a in argv if a.split("=")[0] == o or (len(o) == 2 and a.startswith(o)))
+        return next(written, names[0])
+    variable = ENV_PREFIX + field.upper()
+    return variable if variable in {name.upper() for name in os.environ} else f"{field} in {TOML}"
+
+
+def _reason(details: ErrorDetails) -> str:
+    """The message of a validator's own ValueError, else pydantic's."""
+    return str(details.get("ctx", {}).get("error", details["msg"]))
+
+
+def _expected(info: FieldInfo, details: ErrorDetails) -> str:
+    if details["type"] == "value_error":
+        return _reason(details)
+    if details["type"] == "literal_error":
+        return f"expected {details['ctx']['expected']}"
+    noun = next((noun for kind, noun in _NOUNS.items() if kind in (info.annotation, *get_args(info.annotation))), None)
+    if noun is None:
+        return details["msg"].replace("Input should be", "expected")
+    return f"expected {noun}{_bounds(info)}"
+
+
+def _bounds(info: FieldInfo) -> str:
+    """The field's limits in words."""
+    words = []
+    for rule in info.metadata:
+        match rule:
+            case Ge(low):
+                words.append(f"at least {low}")
+            case Gt(low):
+                words.append(f"above {low}")
+            case Le(high):
+                words.append(f"at most {high}")
+            case Lt(high):
+                words.append(f"below {high}")
+    return f", {' and '.join(words)}" if words else ""

@@ -1,0 +1,260 @@
+"""What holds for every route: keys, correlation ids, JSON errors, /health, /metrics, /docs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.server.conftest import Start
+from tests.server.process import Server, eventually, run
+
+JOB = {"prompt": "Once", "max_tokens": 2}
+
+
+def test_health_tells_what_is_served(client: httpx.Client) -> None:
+    response = client.get("/health")
+    assert response.status_code == 200
+    health = response.json()
+    assert health.pop("uptime_seconds") > 0
+    assert health.pop("vram_bytes_used") > 1_000_000
+    assert health.pop("model")
+    assert health == {
+        "status": "healthy",
+        "provider": "numpy-cpu",
+        "device": "cpu",
+        "resident": True,
+        "quant_kind": "F32",
+        "tokenizer_kind": health["tokenizer_kind"],
+        "vocab_size": 512,
+        "context_length": 512,
+        "capabilities": ["text-gen"],
+        "protocol": "sse",
+    }
+    assert isinstance(health["tokenizer_kind"], str)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nothing", 404, "NOT_FOUND"),
+        ("GET", "/health/deeper", 404, "NOT_FOUND"),
+        ("GET", "/execute", 405, "METHOD_NOT_ALLOWED"),
+        ("DELETE", "/health", 405, "METHOD_NOT_ALLOWED"),
+    ],
+)
+def test_errors_of_routing_are_json(client: httpx.Client, method: str, path: str, status: int, code: str) -> None:
+    response = client.request(method, path)
+    assert response.status_code == status
+    body = response.json()
+    assert body.keys() == {"code", "message", "retriable"}
+    assert (body["code"], body["retriable"]) == (code, False)
+
+
+# ---- correlation ids ----
+
+PATHS = [("GET", "/health", 200), ("GET", "/nothing", 404), ("POST", "/execute", 400), ("GET", "/execute", 405)]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), PATHS)
+def test_a_correlation_id_is_sent_back(client: httpx.Client, method: str, path: str, status: int) -> None:
+    response = client.request(method, path, headers={"X-Correlation-Id": "abc-123"})
+    assert (response.status_code, response.headers["x-correlation-id"]) == (status, "abc-123")
+
+
+@pytest.mark.parametrize(("method", "path", "status"), PATHS)
+def test_a_correlation_id_is_generated_where_absent(client: httpx.Client, method: str, path: str, status: int) -> None:
+    ids = {client.request(method, path).headers["x-correlation-id"] for _ in range(2)}
+    assert len(ids) == 2
+    assert all(re.fullmatch("[0-9a-f]{32}", found) for found in ids)
+
+
+@pytest.mark.parametrize("sent", [b"x" * 129, b"with space", b"caf\xc3\xa9", b"tab\there", b""])
+def test_a_correlation_id_that_is_long_or_unprintable_is_replaced(client: httpx.Client, sent: bytes) -> None:
+    response = client.get("/health", headers={b"X-Correlation-Id": sent})
+    assert re.fullmatch("[0-9a-f]{32}", response.headers["x-correlation-id"])
+
+
+def test_each_log_line_of_a_request_has_its_correlation_id(server: Server) -> None:
+    with server.client(headers={"X-Correlation-Id": "in-the-logs"}) as client:
+        run(client, job_id="logged", **JOB)
+        client.post("/execute", content=b"{}")
+
+    def lines() -> list[str] | None:
+        found = [line["event"] for line in list(server.lines) if line.get("correlation_id") == "in-the-logs"]
+        return found if len(found) == 5 else None
+
+    assert eventually(lines) == ["job accepted", "job over", "request", "request refused", "request"]
+    request = server.logged("request", correlation_id="in-the-logs", status=200)[0]
+    assert (request["method"], request["path"]) == ("POST", "/execute")
+    assert request["duration_ms"] > 0
+
+
+# ---- metrics ----
+
+
+def test_metrics_count_what_happens(client: httpx.Client, server: Server) -> None:
+    before = server.metrics()
+    tokens = sum(run(client, job_id=f"counted {i}", prompt="Once", max_tokens=5)[-1]["tokens_out"] for i in range(2))
+    after = server.metrics()
+
+    def grown(name: str) -> float:
+        return after[name] - before[name]
+
+    assert grown('llorch_requests_total{outcome="ended"}') == 2
+    assert grown("llorch_requests_accepted_total") == 2
+    assert grown("llorch_tokens_generated_total") == tokens
+    assert grown("llorch_prompt_tokens_total") >= 4
+    assert grown("llorch_time_to_first_token_seconds_count") == 2
+    assert grown("llorch_inter_token_seconds_count") > 0
+    assert after["llorch_vram_bytes"] > 1_000_000
+    assert after["llorch_kv_blocks_total"] > 0
+    assert after["llorch_uptime_seconds"] > before["llorch_uptime_seconds"]
+    assert after["llorch_queue_depth"] == after["llorch_running_requests"] == after["llorch_kv_blocks_used"] == 0
+
+
+# ---- keys ----
+
+
+@pytest.fixture(scope="module")
+def locked(start: Start) -> Server:
+    return start(env={"LLORCH_API_KEY": "first-key, second-key"}).wait_healthy()
+
+
+@pytest.fixture
+def locked_client(locked: Server) -> Iterator[httpx.Client]:
+    with locked.client() as client:
+        yield client
+
+
+GUARDED = [
+    ("POST", "/execute"),
+    ("POST", "/cancel"),
+    ("GET", "/metrics"),
+    ("GET", "/docs"),
+    ("GET", "/docs/openapi.json"),
+    ("GET", "/nothing"),
+    ("GET", "/health/deeper"),
+    ("GET", "//health"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), GUARDED)
+@pytest.mark.parametrize(
+    ("header", "code"),
+    [
+        (None, "MISSING_API_KEY"),
+        ("Basic Zmlyc3Qta2V5", "MISSING_API_KEY"),
+        ("Bearer", "MISSING_API_KEY"),
+        ("Bearer wrong", "INVALID_API_KEY"),
+        ("Bearer first-key, second-key", "INVALID_API_KEY"),
+        ("Bearer first-ke", "INVALID_API_KEY"),
+    ],
+)
+def test_a_route_without_the_right_key_is_401(
+    locked_client: httpx.Client, method: str, path: str, header: str | None, code: str
+) -> None:
+    url = str(locked_client.base_url).rstrip("/") + path
+    response = locked_client.request(method, url, headers={} if header is None else {"Authorization": header})
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.headers["x-correlation-id"]
+    error = response.json()["error"]
+    assert error.keys() == {"code", "message"}
+    assert error["code"] == code
+    assert "-key" not in error["message"]
+
+
+def test_health_needs_no_key_and_the_root_page_is_left_open(locked_client: httpx.Client) -> None:
+    assert locked_client.get("/health").status_code == 200
+    assert locked_client.get("/").status_code != 401
+
+
+@pytest.mark.parametrize("key", ["first-key", "second-key"])
+def test_each_key_opens_every_route(locked: Server, key: str) -> None:
+    headers = {"Authorization": f"Bearer {key}"}
+    with locked.client(headers=headers) as client:
+        assert run(client, job_id=key, **JOB)[-1]["type"] == "end"
+        assert client.post("/cancel", json={"job_id": "x"}).status_code == 202
+        assert client.get("/docs").status_code == 200
+    assert locked.metrics(headers)["llorch_uptime_seconds"] > 0
+
+
+def test_keys_are_in_no_log_line(locked: Server) -> None:
+    assert not [line for line in locked.lines if "-key" in str(line)]
+
+
+# ---- docs ----
+
+
+def test_docs_load_nothing_from_another_host(client: httpx.Client) -> None:
+    page = client.get("/docs")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    # the browser itself refuses whatever the assets might ask for elsewhere
+    assert page.headers["content-security-policy"].startswith("default-src 'self'")
+    references = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(references) == 4
+    for reference in references:
+        assert reference.startswith("/docs/")
+        asset = client.get(reference)
+        assert asset.status_code == 200, reference
+        assert len(asset.content) > 100
+    start = client.get("/docs/start.js").text
+    assert "validatorUrl: null" in start
+    for served in (page.text, start, client.get("/docs/openapi.json").text):
+        assert not re.search(r"https?://|[\"'(]//", served)
+
+
+def test_the_document_describes_each_route(client: httpx.Client) -> None:
+    document = client.get("/docs/openapi.json").json()
+    assert document["openapi"] == "3.0.3"
+    assert document["paths"].keys() == {"/health", "/execute", "/cancel", "/metrics"}
+    execute = document["paths"]["/execute"]["post"]
+    assert execute["responses"].keys() == {"200", "400", "409", "413", "499", "503"}
+    assert execute["responses"]["200"]["content"].keys() == {"text/event-stream"}
+    fields = execute["requestBody"]["content"]["application/json"]["schema"]
+    assert fields["required"] == ["job_id", "prompt"]
+    assert fields["additionalProperties"] is False
+    assert fields["properties"]["temperature"] == {
+        "type": "number",
+        "description": fields["properties"]["temperature"]["description"],
+        "default": 1.0,
+        "minimum": 0.0,
+        "maximum": 2.0,
+    }
+    example = execute["requestBody"]["content"]["application/json"]["example"]
+    assert run(client, **example)[-1]["type"] == "end"
+    for item in document["paths"].values():
+        for operation in item.values():
+            assert operation["summary"]
+            assert operation["responses"]
+
+
+def test_the_document_keeps_to_openapi_3_0(client: httpx.Client) -> None:
+    """Swagger UI 4 renders nothing else."""
+
+    def check(node: object, path: str = "") -> None:
+        if isinstance(node, list):
+            for i, item in enumerate(node):
+                check(item, f"{path}[{i}]")
+        elif isinstance(node, dict):
+            assert not isinstance(node.get("type"), list), path
+            assert node.get("type") != "null", path
+            assert "const" not in node, path
+            if "$ref" in node:
+                assert resolve(str(node["$ref"])), path
+            for key, value in node.items():
+                check(value, f"{path}/{key}")
+
+    document = client.get("/docs/openapi.json").json()
+
+    def resolve(reference: str) -> object:
+        node = document
+        for part in reference.removeprefix("#/").split("/"):
+            node = node[part]
+        return node
+
+    check(document)
