@@ -41,6 +41,10 @@ def commands() -> list[Command]:
     return found
 
 
+def snippets() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
 def matches(printed: str, expected: str) -> bool:
     """Whether the expected text, `...` standing for anything, is what was printed; spaces at line ends don't count."""
     clean = re.sub(r"[ \t]+$", "", printed, flags=re.MULTILINE).strip()
@@ -89,6 +93,13 @@ def test_matching_can_fail() -> None:
     assert matches("a 12 b\n", "a ... b")
     assert not matches("a 12 c", "a ... b")
     assert not matches("a 12 b\nmore", "a ... b")
+
+
+@pytest.mark.parametrize("snippet", snippets())
+def test_every_python_snippet_of_the_readme_runs(environment, snippet) -> None:
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "Lily" in done.stdout
 
 
 def test_every_command_of_the_readme_prints_what_it_says(environment, servers, tmp_path) -> None:
