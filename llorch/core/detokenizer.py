@@ -12,9 +12,9 @@ from llorch.errors import InvalidRequestError
 class IncrementalDetokenizer:
     """The text of one generation, released as it becomes certain. Not for use by several threads at once.
 
-    Bytes that can no longer become a character turn into U+FFFD at once, just where `bytes.decode(errors="replace")`
-    would put it. The stop string that starts first ends the text; of two that start together the shorter, which is
-    complete first. How the text is cut into tokens makes no difference.
+    Bytes that can no longer become a character turn into U+FFFD at once (those of a surrogate with the next byte), just
+    where `bytes.decode(errors="replace")` would put it. The stop string that starts first ends the text; of two that
+    start together the shorter, which is complete first. How the text is cut into tokens makes no difference.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -93,7 +93,7 @@ class _StopMatcher:
         self.matched = self._advance(self.matched, character)
         if self.matched < len(self.text):
             return False
-        self.matched = self._borders[-1]
+        self.matched = 0  # where it occurs again, it starts later and cannot win
         return True
 
     def _advance(self, matched: int, character: str) -> int:

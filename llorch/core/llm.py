@@ -21,7 +21,7 @@ from llorch.core.plan import Limits
 from llorch.core.requests import Ended, Event, Failed, Request, SamplingParams, Token
 from llorch.core.runner import Runner
 from llorch.core.tokenizer import Tokenizer
-from llorch.errors import ContextOverflowError, SettingsError
+from llorch.errors import ContextOverflowError, SettingsError, TokenizerError
 from llorch.providers import registry
 from llorch.providers.spec import Device, DeviceInfo, DeviceOptions
 
@@ -53,6 +53,11 @@ def load(
     try:
         config = ModelConfig.from_gguf(file)
         tokenizer = Tokenizer.from_gguf(file)
+        if tokenizer.vocab_size != config.vocab_size:
+            raise TokenizerError(
+                f"{file.path}: the vocabulary has {tokenizer.vocab_size} tokens, token_embd.weight {config.vocab_size} "
+                "rows; convert the model again with a current converter"
+            )
         limits = _limits(config, context, parallel, chunk)
         opened = chosen.open(device, DeviceOptions(threads=threads))
         weights = load_weights(file, config, opened, progress)

@@ -63,8 +63,13 @@ def test_text_without_stop_strings_is_never_held_back() -> None:
 
 
 def test_invalid_bytes_become_a_replacement_character_as_soon_as_they_are_certain() -> None:
-    # 0x80 cannot begin a character, 0x28 cannot continue one, and no character begins with 0xED 0xA0 (a surrogate)
-    assert stream([b"a\x80", b"\xe2", b"\x28", b"\xed", b"\xa0", b"b"])[0] == ["a�", "", "�(", "", "��", "b", ""]
+    # 0x80 cannot begin a character, 0x28 cannot continue one, and no character begins with 0xF0 0x80
+    assert stream([b"a\x80", b"\xe2", b"\x28", b"\xf0", b"\x80", b"b"])[0] == ["a�", "", "�(", "", "��", "b", ""]
+
+
+def test_half_a_surrogate_pair_waits_for_one_more_byte_at_most() -> None:
+    assert stream([b"\xed", b"\xa0", b"b", b"c"])[0] == ["", "", "��b", "c", ""]
+    assert stream([b"\xed", b"\xa0", b"\x80", b"c"])[0] == ["", "", "���", "c", ""]
 
 
 def test_bytes_of_an_unfinished_character_become_one_replacement_character_at_the_end() -> None:
