@@ -39,13 +39,13 @@ class IncrementalDetokenizer:
         return self._release(self._decoder.decode(piece)) if self.stopped is None else ""
 
     def finish(self) -> str:
-        """What is held back, as no more tokens come. Bytes of an unfinished character become U+FFFD.
+        """What is held back, as no more tokens come. Bytes of an unfinished character are dropped.
 
         May set `stopped`: a complete stop string waits while one that starts before it is under way.
         """
         if self.stopped is not None:
             return ""
-        text = self._release(self._decoder.decode(b"", final=True))
+        text = self._release("")
         if self.stopped is None:
             text += self._take(self._end) if self._match is None else self._stop(*self._match)
         return text

@@ -63,6 +63,7 @@ class Token:
 
     text: str
     index: int
+    tokens: int = 1  # how many tokens it took: more where a character was split, or what follows was held back
 
 
 @dataclass(frozen=True)

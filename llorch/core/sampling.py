@@ -154,7 +154,8 @@ class Sampler:
         """Raises InvalidRequestError for a negative seed."""
         if params.seed is not None and params.seed < 0:
             raise InvalidRequestError(f"seed is {params.seed}: it must be 0 or more")
-        self.seed = secrets.randbits(64) if params.seed is None else params.seed
+        # 53 bits: a client that reads JSON numbers as doubles can send the seed back unchanged
+        self.seed = secrets.randbits(53) if params.seed is None else params.seed
         self._params, self._vocab_size = params, vocab_size
         self._generator = np.random.Generator(np.random.PCG64(self.seed))
         self._recent: deque[int] = deque()  # the last penalty_window tokens

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from litestar import MediaType, Request, Response, Router, get
+from litestar import MediaType, Request, Router
+from litestar.exceptions import NotFoundException
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import OpenAPIRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme, Tag
@@ -14,6 +15,7 @@ from litestar.static_files import create_static_files_router
 from swagger_ui_bundle import swagger_ui_path
 
 import llorch
+from llorch.http.auth import OPEN_PATHS
 from llorch.http.bodies import Field
 from llorch.http.errors import dump_json
 
@@ -38,27 +40,13 @@ PAGE = f"""<!DOCTYPE html>
 """
 
 # validatorUrl: by default Swagger UI shows a badge that swagger.io draws
-START_SCRIPT = """SwaggerUIBundle({
+START_SCRIPT = b"""SwaggerUIBundle({
   spec: %s,
   dom_id: "#swagger-ui",
   deepLinking: true,
   validatorUrl: null,
   presets: [SwaggerUIBundle.presets.apis],
 });
-"""
-
-EVENTS = """event: started
-data: {"type":"started","job_id":"job-1","model":"stories260K","started_at":"2025-01-01T12:00:00.000+00:00","seed":42}
-
-event: token
-data: {"type":"token","t":" there","i":0}
-
-event: metrics
-data: {"type":"metrics","tokens_per_sec":51.3,"vram_bytes":1310720}
-
-event: end
-data: {"type":"end","tokens_out":64,"decode_time_ms":1228,"stop_reason":"MAX_TOKENS"}
-
 """
 
 
@@ -83,9 +71,22 @@ def document(generated: dict[str, Any], bodies: Mapping[str, Body]) -> dict[str,
         }
         content = {"application/json": {"schema": schema, "example": body.example}}
         converted["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
-    stream = {"text/event-stream": {"schema": {"type": "string"}, "example": EVENTS}}
-    converted["paths"]["/execute"]["post"]["responses"]["200"] = {"description": "The job's events.", "content": stream}
+    if "security" in converted:
+        _add_keys(converted["paths"])
     return converted
+
+
+def _add_keys(paths: dict[str, Any]) -> None:
+    text = {"type": "string"}
+    error = {"type": "object", "required": ["code", "message"], "properties": {"code": text, "message": text}}
+    content = {"schema": {"type": "object", "required": ["error"], "properties": {"error": error}}}
+    refusal = {"description": "MISSING_API_KEY or INVALID_API_KEY.", "content": {"application/json": content}}
+    for path, operations in paths.items():
+        for operation in operations.values():
+            if path in OPEN_PATHS:
+                operation["security"] = []
+            else:
+                operation["responses"]["401"] = refusal
 
 
 def _as_3_0(node: Any) -> Any:
@@ -106,40 +107,51 @@ def _as_3_0(node: Any) -> Any:
 
 
 class SwaggerPage(OpenAPIRenderPlugin):
-    """Serves the page at /docs, and beside it the document and the script that starts Swagger UI."""
+    """The page at /docs."""
 
-    def __init__(self, bodies: Mapping[str, Body]) -> None:
+    def __init__(self) -> None:
         super().__init__(path="/")
-        self._bodies = bodies
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
         return PAGE.encode()
 
-    def receive_router(self, router: Router) -> None:
-        bodies = self._bodies
 
-        @get("/start.js", media_type="text/javascript", include_in_schema=False)
-        async def start(request: Request[Any, Any, Any]) -> bytes:
-            spec = document(request.app.openapi_schema.to_schema(), bodies)
-            return START_SCRIPT.encode().replace(b"%s", dump_json(spec))
+class Document(OpenAPIRenderPlugin):
+    """The document itself, alone or within the script that starts Swagger UI."""
 
-        @get("/openapi.json", include_in_schema=False)
-        async def openapi(request: Request[Any, Any, Any]) -> Response[bytes]:
-            spec = document(request.app.openapi_schema.to_schema(), bodies)
-            return Response(dump_json(spec), media_type=MediaType.JSON)
+    def __init__(self, path: str, media_type: Any, template: bytes, bodies: Mapping[str, Body]) -> None:
+        super().__init__(path=path, media_type=media_type)
+        self._template, self._bodies = template, bodies
 
-        router.register(start)
-        router.register(openapi)
+    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
+        return self._template.replace(b"%s", dump_json(document(openapi_schema, self._bodies)))
+
+
+def _only_known_paths(request: Request[Any, Any, Any]) -> None:
+    """Litestar would answer other paths below /docs with a page, not with the JSON error of all other routes."""
+    if request.scope["path"].removeprefix("/docs") not in ("", "/", "/openapi.json", "/start.js"):
+        raise NotFoundException
 
 
 def docs_config(bodies: Mapping[str, Body], *, with_keys: bool) -> OpenAPIConfig:
     bearer = SecurityScheme(type="http", scheme="bearer", description="One of the keys in LLORCH_API_KEY.")
+    router = Router(
+        "/docs",
+        route_handlers=[],
+        include_in_schema=False,
+        before_request=_only_known_paths,
+        response_headers={"Content-Security-Policy": SECURITY_POLICY},
+    )
     return OpenAPIConfig(
         title="llorch",
         version=llorch.__version__,
         description="An LLM inference worker: one model behind the worker contract.",
-        path="/docs",
-        render_plugins=[SwaggerPage(bodies)],
+        openapi_router=router,
+        render_plugins=[
+            SwaggerPage(),
+            Document("/openapi.json", MediaType.JSON, b"%s", bodies),
+            Document("/start.js", "text/javascript", START_SCRIPT, bodies),
+        ],
         components=Components(security_schemes={"bearer": bearer} if with_keys else {}),
         security=[{"bearer": []}] if with_keys else None,
         tags=[Tag(name="worker", description="What an orchestrator speaks.")],

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from types import FrameType
@@ -16,7 +17,7 @@ from types import FrameType
 import structlog
 import uvicorn
 
-from llorch.core.engine import EngineThread
+from llorch.core.engine_thread import EngineThread
 from llorch.core.llm import LLM, load
 from llorch.core.loader import Progress
 from llorch.errors import EngineError, LlorchError, SettingsError
@@ -29,9 +30,11 @@ from llorch.http.stream import Timing
 
 log = structlog.stdlib.get_logger(__name__)
 
+BACKLOG = 2048
 ENGINE_STOP_SECONDS = 5.0
 CONNECTION_SECONDS = 2  # for connections to close once no job is left; a client that does not read never does
 IDLE_CONNECTION_SECONDS = 75  # longer than an orchestrator's pause between two health checks
+SAME_SIGNAL_SECONDS = 0.1  # supervisors that signal a process and its group send one wish twice
 PROGRESS_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -47,18 +50,23 @@ def bind(settings: ServeSettings) -> socket.socket:
     """A listening socket. Raises SettingsError where the address is taken, unknown, or open to others without a key."""
     host, port = settings.host, settings.port
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        # IPPROTO_TCP said aloud: asyncio sets TCP_NODELAY on no other, and each event would wait 40 ms for an ACK
+        found = socket.getaddrinfo(host or None, port, 0, socket.SOCK_STREAM, socket.IPPROTO_TCP, socket.AI_PASSIVE)
     except OSError as error:
         raise SettingsError(f"--host {host} is no address of this machine: {error.strerror}") from error
+    family, kind, protocol, _, address = found[0]
     if not ipaddress.ip_address(address[0]).is_loopback and not settings.api_keys and not settings.insecure:
         raise SettingsError(f"--host {host} can be reached by others: set LLORCH_API_KEY, or allow it with --insecure")
+    listener = socket.socket(family, kind, protocol)
     try:
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last run may linger
+        listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
+        listener.close()
         hint = "choose another with --port, or --port 0 for any that is free"
         raise SettingsError(f"cannot listen on {host} port {port} ({error.strerror}): {hint}") from error
+    return listener
 
 
 class QuietServer(uvicorn.Server):
@@ -82,8 +90,8 @@ class WorkerProcess:
             queue_timeout=settings.queue_timeout,
             stall_seconds=settings.step_timeout,
         )
-        self._failure: LlorchError | None = None
-        self._signalled = False
+        self._failure: BaseException | None = None
+        self._signalled: float | None = None
 
     async def run(self) -> None:
         """Serves until a signal comes or the start fails; then finishes what runs. Raises what made the start fail."""
@@ -94,6 +102,7 @@ class WorkerProcess:
             serving = asyncio.create_task(server.serve(sockets=[self._listener]))
             serving.add_done_callback(lambda _: self._stopping.set())
             starting = asyncio.create_task(self._start())
+            starting.add_done_callback(self._started)
             await self._stopping.wait()
             starting.cancel()
             log.info("shutting down", timeout_s=self._settings.shutdown_timeout)
@@ -123,6 +132,7 @@ class WorkerProcess:
             create_app(worker, self._settings),
             log_config=None,
             access_log=False,
+            backlog=BACKLOG,
             server_header=False,
             ws="none",
             timeout_keep_alive=IDLE_CONNECTION_SECONDS,
@@ -133,16 +143,18 @@ class WorkerProcess:
     # ---- the start ----
 
     async def _start(self) -> None:
-        """Loads the model and tells the pool manager; a failure ends the process."""
-        try:
-            llm = await self._loaded()
-            for line in llm.start_lines:
-                log.info(line)
-            load_s = round(llm.load_seconds, 2)
-            log.info("ready", uri=self._uri, model=llm.config.name, worker_id=self._worker_id, load_s=load_s)
-            if self._settings.callback_url is not None:
-                await self._announce(self._settings.callback_url, llm)
-        except LlorchError as error:
+        """Loads the model and tells the pool manager."""
+        llm = await self._loaded()
+        for line in llm.start_lines:
+            log.info(line)
+        load_s = round(llm.load_seconds, 2)
+        log.info("ready", uri=self._uri, model=llm.config.name, worker_id=self._worker_id, load_s=load_s)
+        if self._settings.callback_url is not None:
+            await self._announce(self._settings.callback_url, llm)
+
+    def _started(self, starting: asyncio.Task[None]) -> None:
+        """A worker that cannot start ends, and says why."""
+        if not starting.cancelled() and (error := starting.exception()) is not None:
             self._failure = error
             self._stopping.set()
 
@@ -206,11 +218,13 @@ class WorkerProcess:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._signalled:
+        now = time.monotonic()
+        if self._signalled is None:
+            self._signalled = now
+            self._loop.call_soon_threadsafe(self._stopping.set)
+        elif now - self._signalled > SAME_SIGNAL_SECONDS:
             print("llorch: a second signal: ended at once", file=sys.stderr, flush=True)
             os._exit(128 + number)
-        self._signalled = True
-        self._loop.call_soon_threadsafe(self._stopping.set)
 
 
 class LoadReport:
@@ -224,7 +238,7 @@ class LoadReport:
         self._progress(fraction, text)
         while self._due and fraction >= self._due[0]:
             step = self._due.pop(0)
-            log.info("loading", progress=step, percent=round(100 * step), model=self._model, uri=self._uri, doing=text)
+            log.info("loading", percent=round(100 * step), model=self._model, uri=self._uri, doing=text)
 
 
 def _uri(host: str, port: int) -> str:

@@ -7,7 +7,7 @@ import hashlib
 
 import structlog
 
-from llorch.core.engine import EngineThread
+from llorch.core.engine_thread import EngineThread
 from llorch.core.llm import LLM
 from llorch.core.requests import Request
 from llorch.errors import (
@@ -19,7 +19,7 @@ from llorch.errors import (
 )
 from llorch.http.bodies import BodyError, ExecuteBody, Violation, execute_fields, parse_body
 from llorch.http.metrics import Metrics
-from llorch.http.stream import JobStream, Timing
+from llorch.http.stream import JobStream, Mailbox, Timing
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -35,6 +35,7 @@ class Worker:
         self.max_tokens_limit = max_tokens_limit
         self.draining = False
         self._timing = timing or Timing()
+        self._mailbox = Mailbox()
         self._jobs: dict[str, JobStream] = {}  # from before the prompt is tokenized until the response is over
         self._idle = asyncio.Event()
         self._idle.set()
@@ -72,7 +73,9 @@ class Worker:
         body = ExecuteBody(**parse_body(raw, execute_fields(self.max_tokens_limit, llm.config.vocab_size)))
         if body.job_id in self._jobs:
             raise JobExistsError(f"job {body.job_id[:128]!r} is waiting or running: use another job_id")
-        stream = JobStream(body.job_id, llm.config.name, self.engine, self.metrics, self._timing, self._forget)
+        stream = JobStream(
+            body.job_id, llm.config.name, self.engine, self._mailbox, self.metrics, self._timing, self._forget
+        )
         self._jobs[body.job_id] = stream
         self._idle.clear()
         try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
 from litestar.types import Receive, Scope, Send
 
-from llorch.core.engine import EngineThread
+from llorch.core.engine_thread import EngineThread
 from llorch.core.requests import Ended, Event, Failed, Started, Token
 from llorch.errors import CancelledError, InferenceTimeoutError, LlorchError
 from llorch.http import sse
@@ -28,6 +29,31 @@ class Timing:
     limit: float | None = None  # a job's longest run
 
 
+class Mailbox:
+    """Hands events from the engine's thread to the event loop, with one wake-up for all that gather until it runs.
+
+    A wake-up is a system call, and a step of many jobs has many events.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[tuple[asyncio.Queue[Event], Event]] = deque()
+        self._woken = False
+
+    def put(self, queue: asyncio.Queue[Event], event: Event) -> None:
+        """From the engine's thread."""
+        self._events.append((queue, event))
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._woken = False  # first: what is put from now on wakes the loop again, and nothing is left lying
+        while self._events:
+            queue, event = self._events.popleft()
+            queue.put_nowait(event)
+
+
 class JobStream:
     """One job between the engine's thread, which calls `emit`, and its client: an ASGI application.
 
@@ -39,13 +65,14 @@ class JobStream:
         job_id: str,
         model: str,
         engine: EngineThread,
+        mailbox: Mailbox,
         metrics: Metrics,
         timing: Timing,
         on_close: Callable[[JobStream], None],
     ) -> None:
         self.job_id = job_id
         self.failure: LlorchError | None = None  # why it ends, whatever the engine still has for it
-        self._model, self._engine, self._metrics = model, engine, metrics
+        self._model, self._engine, self._mailbox, self._metrics = model, engine, mailbox, metrics
         self._timing, self._on_close = timing, on_close
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -64,7 +91,7 @@ class JobStream:
             else:
                 self._metrics.first_token.observe(now - self._accepted)
             self._last_token = now
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        self._mailbox.put(self._events, event)
 
     # ---- from the event loop ----
 
@@ -96,28 +123,38 @@ class JobStream:
     async def _send_events(self, send: Send) -> Ended | Failed:
         """Sends all but the last event, which it returns."""
         while True:
-            event = await self._next()
-            if isinstance(event, Ended | Failed):
-                return event
-            if isinstance(event, Started):
-                self._started = time.monotonic()
-                await self._send(send, sse.started(self.job_id, self._model, event))
-            elif isinstance(event, Token):
-                self._tokens_sent += 1
-                await self._send(send, sse.token(event))
-                self._first_sent = self._first_sent or self._last_sent
+            data, last = b"", None
+            for event in await self._next():
+                if isinstance(event, Ended | Failed):
+                    last = event
+                else:
+                    data += self._encode(event)
+            if data:
+                await self._send(send, data)
+            if last is not None:
+                return last
             await self._send_what_is_due(send)
 
-    async def _next(self) -> Event | None:
-        """The next event; None when something is due first."""
-        if self.failure is not None:
-            return Failed(self.failure)
+    async def _next(self) -> list[Event]:
+        """All events that wait, so that a stream that fell behind catches up in one write; none when a timer is due."""
         try:
             async with asyncio.timeout_at(self._loop.time() + self._due_in()):
-                event = await self._events.get()
+                events = [await self._events.get()]
         except TimeoutError:
-            return None
-        return event if self.failure is None else Failed(self.failure)
+            events = []
+        while not self._events.empty():
+            events.append(self._events.get_nowait())
+        return events if self.failure is None else [Failed(self.failure)]
+
+    def _encode(self, event: Started | Token) -> bytes:
+        now = time.monotonic()
+        if isinstance(event, Started):
+            self._started = now
+            return sse.started(self.job_id, self._model, event)
+        # the first event's tokens came before the time that the rate is taken over
+        self._tokens_sent += event.tokens if self._first_sent else 0
+        self._first_sent = self._first_sent or now
+        return sse.token(event)
 
     def _due_in(self) -> float:
         """Seconds until a comment, a metrics event or the end of the time limit is due."""
@@ -134,7 +171,7 @@ class JobStream:
         if limit is not None and self._started and now >= self._started + limit:
             self.fail(InferenceTimeoutError(f"the job ran for {now - self._started:.1f} s, the limit is {limit:g} s"))
         elif self._first_sent and now >= max(self._first_sent, self._last_metrics) + self._timing.metrics:
-            rate = (self._tokens_sent - 1) / (now - self._first_sent)
+            rate = self._tokens_sent / (now - self._first_sent)
             self._last_metrics = now
             await self._send(send, sse.metrics(rate, self._engine.stats().device_bytes))
         elif now >= self._last_sent + self._timing.keep_alive:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from litestar import MediaType, Request, Response, get, post
-from litestar.datastructures import ResponseHeader
+from litestar import Request, Response, get, post
 from litestar.exceptions import InternalServerException
 from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
 from litestar.types import ASGIApp
 
 from llorch.core.llm import LLM
@@ -16,6 +16,20 @@ from llorch.errors import CancelledError
 from llorch.http.bodies import CANCEL_FIELDS, parse_body
 from llorch.http.errors import RETRY_AFTER_SECONDS
 from llorch.http.service import Worker
+
+EVENTS = """event: started
+data: {"type":"started","job_id":"job-1","model":"stories260K","started_at":"2025-01-01T12:00:00.000+00:00","seed":42}
+
+event: token
+data: {"type":"token","t":" there","i":0}
+
+event: metrics
+data: {"type":"metrics","tokens_per_sec":51.3,"vram_bytes":1310720}
+
+event: end
+data: {"type":"end","tokens_out":64,"decode_time_ms":1228,"stop_reason":"MAX_TOKENS"}
+
+"""
 
 # ---- what responses hold ----
 
@@ -71,7 +85,7 @@ class ViolationBody:
     field: str
     constraint: str
     message: str
-    value: str | int | float | bool | None = None
+    value: Any = None
 
 
 @dataclass
@@ -89,26 +103,31 @@ class CancelAccepted:
     found: bool
 
 
-def error_spec(description: str) -> ResponseSpec:
-    return ResponseSpec(ErrorBody, description=description, generate_examples=False)
+def spec(body: Any, description: str, media_type: str = "application/json", example: str | None = None) -> ResponseSpec:
+    examples = None if example is None else [Example(value=example)]
+    return ResponseSpec(
+        body, description=description, media_type=media_type, examples=examples, generate_examples=False
+    )
 
 
-INVALID = ResponseSpec(
-    Violations, description="The body breaks the contract; every violation is listed.", generate_examples=False
-)
-TOO_LARGE = error_spec("BODY_TOO_LARGE: the body has more bytes than the worker takes.")
+INVALID = spec(Violations, "The body breaks the contract; every violation is listed.")
+TOO_LARGE = spec(ErrorBody, "BODY_TOO_LARGE: the body has more bytes than the worker takes.")
 
 # ---- the routes ----
 
 
 @get(
     "/health",
+    operation_id="health",
     tags=["worker"],
     summary="Whether the worker takes jobs",
     description="Never needs a key. 503 while the model loads, and when the engine is dead, stuck or shutting down.",
-    responses={503: ResponseSpec(Loading | Unhealthy, description="Not now.", generate_examples=False)},
+    responses={
+        200: spec(Healthy, "The worker takes jobs."),
+        503: spec(Loading | Unhealthy, "The worker takes no jobs now."),
+    },
 )
-async def health(worker: Worker) -> Response[Healthy | Loading | Unhealthy]:
+async def health(worker: Worker) -> Response[Any]:
     llm = worker.engine.llm
     if worker.unavailable is None and llm is not None:
         return Response(_healthy(llm, worker))
@@ -136,16 +155,18 @@ def _healthy(llm: LLM, worker: Worker) -> Healthy:
 @post(
     "/execute",
     status_code=200,
+    operation_id="execute",
     tags=["worker"],
     summary="Generate text, streamed as server-sent events",
     description="The stream begins when the job is accepted into the queue. Its events are `started`, then `token`s "
     "with `metrics` between them, then exactly one of `end` and `error`. Hanging up cancels the job.",
     responses={
+        200: spec(str, "The job's events.", "text/event-stream", EVENTS),
         400: INVALID,
-        409: error_spec("JOB_EXISTS: a job of that id waits or runs."),
+        409: spec(ErrorBody, "JOB_EXISTS: a job of that id waits or runs."),
         413: TOO_LARGE,
-        499: error_spec("CANCELLED: the job was cancelled before it was queued."),
-        503: error_spec("QUEUE_FULL or WORKER_UNHEALTHY, with the header Retry-After."),
+        499: spec(ErrorBody, "CANCELLED: the job was cancelled before it was queued."),
+        503: spec(ErrorBody, "QUEUE_FULL or WORKER_UNHEALTHY, with the header Retry-After."),
     },
 )
 async def execute(request: Request[Any, Any, Any], worker: Worker) -> ASGIApp:
@@ -155,11 +176,12 @@ async def execute(request: Request[Any, Any, Any], worker: Worker) -> ASGIApp:
 @post(
     "/cancel",
     status_code=202,
+    operation_id="cancel",
     tags=["worker"],
     summary="Cancel a job",
     description="Idempotent, also for a job that still waits. Its stream ends with an `error` event, code CANCELLED; "
     "no token follows.",
-    responses={400: INVALID, 413: TOO_LARGE},
+    responses={202: spec(CancelAccepted, "The job ends, or there is none."), 400: INVALID, 413: TOO_LARGE},
 )
 async def cancel(request: Request[Any, Any, Any], worker: Worker) -> Response[CancelAccepted]:
     job_id: str = parse_body(await _body(request), CANCEL_FIELDS)["job_id"]
@@ -168,10 +190,10 @@ async def cancel(request: Request[Any, Any, Any], worker: Worker) -> Response[Ca
 
 @get(
     "/metrics",
+    operation_id="metrics",
     tags=["worker"],
-    media_type=MediaType.TEXT,
     summary="Prometheus metrics",
-    response_headers=[ResponseHeader(name="content-type", documentation_only=True, required=True)],
+    responses={200: spec(str, "Counters, gauges and histograms in Prometheus' text format.", "text/plain")},
 )
 async def metrics(request: Request[Any, Any, Any], worker: Worker) -> Response[bytes]:
     content, content_type = worker.metrics.render(request.headers.get("accept", ""))

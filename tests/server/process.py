@@ -70,9 +70,8 @@ class Server:
 
     def logged(self, event: str, **fields: Any) -> list[dict[str, Any]]:
         """The log lines of an event whose fields have these values."""
-        return [
-            line for line in list(self.lines) if line["event"] == event and fields.items() <= {**line, **fields}.items()
-        ]
+        wanted = {"event": event, **fields}.items()
+        return [line for line in list(self.lines) if all(line.get(name) == value for name, value in wanted)]
 
     @property
     def url(self) -> str:

@@ -39,14 +39,14 @@ def idle(slow: Server) -> Iterator[None]:
 def test_in_decode(slow: Server, slow_client: httpx.Client) -> None:
     with execute(slow_client, job_id="decode", **JOB) as stream, slow.client() as other:
         stream.next("token")
+        asked = time.monotonic()
         cancel(other, "decode")
         answered = time.monotonic()
         rest = list(stream)
         assert time.monotonic() - answered < 0.5
-    # tokens on their way when the cancellation was answered are at most those of a step
-    assert [event["type"] for event in rest if event["type"] != "metrics"][-1] == "error"
-    assert rest[-1]["code"] == "CANCELLED"
-    assert sum(event["type"] == "token" for event in rest) <= 2
+    assert (rest[-1]["type"], rest[-1]["code"]) == ("error", "CANCELLED")
+    # no token but those of the steps, of 10 ms or more, that ended before the cancellation was answered
+    assert sum(event["type"] == "token" for event in rest) <= (answered - asked) / 0.01 + 1
 
 
 def test_in_prefill(slow: Server, slow_client: httpx.Client) -> None:

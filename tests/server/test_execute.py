@@ -15,7 +15,7 @@ import pytest
 
 import llorch
 from tests.server.conftest import Start
-from tests.server.process import Server, execute, run, text
+from tests.server.process import Server, eventually, execute, run, text
 from tests.server.scripted import EOS, SPACE, utf8, write_model
 from tests.support import shared
 
@@ -194,7 +194,7 @@ def test_control_tokens_written_in_the_prompt_are_parsed(scripted: httpx.Client,
     assert text(as_token) == SCRIPTED_TEXT
     with server.client() as client:
         run(client, job_id="control-length", prompt=f"{EOS}o", max_tokens=1)
-    accepted = server.logged("job accepted", job_id="control-length")[-1]
+    accepted = eventually(lambda: server.logged("job accepted", job_id="control-length"))[-1]
     assert accepted["prompt_tokens"] <= 4  # as text, "</s>" alone is more
 
 
@@ -206,9 +206,12 @@ def test_the_prompt_is_in_no_log_line_but_its_length_and_hash_are(client: httpx.
     run(client, job_id="secret", prompt=prompt, max_tokens=2, stop=["confidential"])
     client.post("/execute", json={"job_id": "bad", "prompt": prompt, "temperature": 9, "purple elephant": 1})
     client.post("/execute", content=b'{"prompt": "purple elephant')
+    # what is logged after them, so that all their lines are there
+    client.get("/nowhere", headers={"X-Correlation-Id": "after-the-secret"})
+    eventually(lambda: server.logged("request", correlation_id="after-the-secret"))
     (accepted,) = server.logged("job accepted", job_id="secret")
     assert accepted["prompt_characters"] == len(prompt)
     assert re.fullmatch("[0-9a-f]{16}", accepted["prompt_sha256"])
-    server.logged("job over", job_id="secret", outcome="ended")
+    assert server.logged("job over", job_id="secret", outcome="ended")
     for word in ("purple", "confidential"):
         assert not [line for line in server.lines if word in str(line)]

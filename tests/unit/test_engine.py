@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import llorch
-from llorch.core.engine import Engine, EngineThread
+from llorch.core.engine import Engine
+from llorch.core.engine_thread import EngineThread
 from llorch.core.requests import Ended, Event, Failed, Request, SamplingParams, Started, StopReason, Token
 from llorch.errors import (
     CancelledError,

@@ -68,8 +68,9 @@ class PagedSequences:
         `padded` rows are added behind the batch, with host ints as upper bounds, as in a captured step.
         """
         spec, tokens = self.spec, sum(counts.values())
-        q = self._normal(tokens + padded, spec.heads * spec.head_dim)
-        k, v = self._normal(tokens + padded, self._width), self._normal(tokens + padded, self._width)
+        # row by row: a token's q, k and v do not depend on how many come after it
+        drawn = self._normal(tokens + padded, spec.heads * spec.head_dim + 2 * self._width)
+        q, k, v = np.split(drawn, [spec.heads * spec.head_dim, spec.heads * spec.head_dim + self._width], axis=1)
         expected, at = [], 0
         for s, count in counts.items():
             first = len(self.keys[s])
