@@ -59,6 +59,19 @@ class BoundModel:
             self._unfused, _ = self._bind(fused=False)
         return self._unfused
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of weights and cache on the device."""
+        return self.weights.device_bytes + self.cache_spec.nbytes
+
+    def check_room(self, prompt_tokens: int) -> None:
+        """Raises ContextOverflowError where a prompt leaves no room for one more token."""
+        context = self.limits.max_context
+        if prompt_tokens >= context:
+            more = min(2 * prompt_tokens, self.config.context_length)
+            hint = f" or start with --context {more}" if more > prompt_tokens else ""
+            raise ContextOverflowError(f"prompt is {prompt_tokens} tokens, the context is {context}: shorten it{hint}")
+
     def sequence(self, tokens: int) -> Blocks:
         """Cache blocks for this many tokens, for the length of a `with`."""
         if not tokens:

@@ -8,12 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+from llorch.core.bound import BoundModel
 from llorch.core.detokenizer import IncrementalDetokenizer
 from llorch.core.requests import Ended, Event, Failed, Request, Started, StopReason, Token
 from llorch.core.runner import Chunk
 from llorch.core.sampling import Sampler
+from llorch.core.tokenizer import Tokenizer
 from llorch.errors import (
     CancelledError,
     InvalidRequestError,
@@ -22,9 +23,6 @@ from llorch.errors import (
     QueueFullError,
     QueueTimeoutError,
 )
-
-if TYPE_CHECKING:
-    from llorch.core.llm import LLM
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +72,15 @@ class Job:
 class Engine:
     """`submit`, `cancel` and `stats` may be called from any thread; `step` from one at a time."""
 
-    def __init__(self, llm: LLM, *, max_queue: int = 64, queue_timeout: float | None = None) -> None:
-        self._llm, self._max_queue, self._queue_timeout = llm, max_queue, queue_timeout
+    def __init__(
+        self, model: BoundModel, tokenizer: Tokenizer, *, max_queue: int = 64, queue_timeout: float | None = None
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._max_queue, self._queue_timeout = max_queue, queue_timeout
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._jobs: dict[str, Job] = {}  # all that wait or run
-        self._counts = EngineStats(kv_blocks_total=llm.allocator.total, device_bytes=llm.device_bytes)
+        self._counts = EngineStats(kv_blocks_total=model.allocator.total, device_bytes=model.device_bytes)
         self._lock = threading.Lock()  # over _waiting, _running and _jobs
         self.wake = threading.Condition(self._lock)
 
@@ -95,7 +96,7 @@ class Engine:
             if request.job_id in self._jobs:
                 raise JobExistsError(f"job {request.job_id!r} is waiting or running: use another job_id")
             # those that the next step will admit do not count as waiting
-            vacant = self._llm.limits.max_sequences - len(self._running)
+            vacant = self._model.limits.max_sequences - len(self._running)
             if len(self._waiting) >= self._max_queue + max(0, vacant):
                 raise QueueFullError(f"{len(self._waiting)} requests wait, the limit is {self._max_queue}: try later")
             self._jobs[request.job_id] = job
@@ -103,18 +104,18 @@ class Engine:
             self.wake.notify_all()
 
     def _job(self, request: Request, emit: Emit) -> Job:
-        vocab, context = self._llm.config.vocab_size, self._llm.context
+        vocab, context = self._model.config.vocab_size, self._model.limits.max_context
         if not request.prompt:
             raise InvalidRequestError("the prompt has no tokens: send at least one")
         if strange := [t for t in request.prompt if not 0 <= t < vocab]:
             raise InvalidRequestError(f"prompt token {strange[0]} is outside the vocabulary of {vocab}")
         if request.max_tokens < 1:
             raise InvalidRequestError(f"max_tokens is {request.max_tokens}: ask for at least 1")
-        self._llm.check_room(len(request.prompt))
+        self._model.check_room(len(request.prompt))
         sampler = Sampler(request.sampling, vocab)
         for token in request.prompt[-request.sampling.penalty_window :]:
             sampler.accept(token)
-        detokenizer = IncrementalDetokenizer(self._llm.tokenizer, request.stop)
+        detokenizer = IncrementalDetokenizer(self._tokenizer, request.stop)
         room = min(request.max_tokens, context - len(request.prompt))
         return Job(request, emit, sampler, detokenizer, room, tokens=list(request.prompt))
 
@@ -134,7 +135,7 @@ class Engine:
                 self._counts,
                 running=len(self._running),
                 waiting=len(self._waiting),
-                kv_blocks_used=self._llm.allocator.used,
+                kv_blocks_used=self._model.allocator.used,
             )
 
     @property
@@ -178,12 +179,12 @@ class Engine:
 
     def _admit(self) -> None:
         """Takes waiting jobs while blocks for all they may need are free, so that none can run out later."""
-        while len(self._running) < self._llm.limits.max_sequences:
+        while len(self._running) < self._model.limits.max_sequences:
             with self._lock:
                 if not self._waiting:
                     return
                 job = self._waiting[0]
-                allocator = self._llm.allocator
+                allocator = self._model.allocator
                 blocks = allocator.allocate(allocator.blocks_for(len(job.request.prompt) + job.max_tokens))
                 if blocks is None:
                     return
@@ -195,7 +196,7 @@ class Engine:
 
     def _pack(self) -> tuple[list[Chunk], list[Job]]:
         """Decodes first, one token each; then prompts, in order, into what is left of the step."""
-        room, chunks, jobs = self._llm.limits.max_tokens, [], []
+        room, chunks, jobs = self._model.limits.max_tokens, [], []
         for job in sorted(self._running, key=lambda job: job.pending > 1):  # stable: first come, first served
             count = min(job.pending, room)
             if count == 0:
@@ -209,7 +210,7 @@ class Engine:
     def _run(self, chunks: list[Chunk], jobs: list[Job]) -> None:
         wanted = [job for job, chunk in zip(jobs, chunks, strict=True) if chunk.outputs]
         k = self._candidates(wanted)
-        runner = self._llm.runner
+        runner = self._model.runner
         if k:
             values, ids = runner.candidates(chunks, k)
         else:
@@ -230,12 +231,12 @@ class Engine:
         known = [need for need in needs if need is not None]
         if not needs or len(known) < len(needs):
             return 0
-        return next((k for k in self._llm.runner.candidate_sizes if k >= max(known)), 0)
+        return next((k for k in self._model.runner.candidate_sizes if k >= max(known)), 0)
 
     def _take(self, job: Job, token: int) -> None:
         """One sampled token: into the text, and perhaps the end."""
         now = time.monotonic()
-        if token in self._llm.tokenizer.eog_ids and not job.request.ignore_eos:
+        if token in self._tokenizer.eog_ids and not job.request.ignore_eos:
             self._finish(job, StopReason.EOS, now)
             return
         job.first_token = job.first_token or now
@@ -271,7 +272,7 @@ class Engine:
                 return
             if job in self._running:
                 self._running.remove(job)
-                self._llm.allocator.release(job.blocks)
+                self._model.allocator.release(job.blocks)
             else:
                 self._waiting.remove(job)
         self._emit(job, event)

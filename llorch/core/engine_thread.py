@@ -103,7 +103,7 @@ class EngineThread:
             self.on_failed()
             return
         self.progress, self.progress_text = 1.0, "ready"
-        engine = Engine(self.llm, max_queue=self._max_queue, queue_timeout=self._queue_timeout)
+        engine = self.llm.engine(max_queue=self._max_queue, queue_timeout=self._queue_timeout)
         self._last_step = time.monotonic()
         self._engine = engine
         self.on_ready()

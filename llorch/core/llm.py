@@ -21,7 +21,7 @@ from llorch.core.plan import Limits
 from llorch.core.requests import Ended, Event, Failed, Request, SamplingParams, Token
 from llorch.core.runner import Runner
 from llorch.core.tokenizer import Tokenizer
-from llorch.errors import ContextOverflowError, SettingsError, TokenizerError
+from llorch.errors import SettingsError, TokenizerError
 from llorch.providers import registry
 from llorch.providers.spec import Device, DeviceInfo, DeviceOptions
 
@@ -106,7 +106,7 @@ class LLM:
         self.model_ref, self.quant_kind = str(file.path), bound.config.quant_kind
         self.provider_name, self.batch_invariant = bound.provider.name, bound.provider.batch_invariant
         self._file, self._bound = file, bound
-        self._engine = Engine(self, max_queue=1 << 16)
+        self._engine = self.engine(max_queue=1 << 16)
         self._closed = False
 
     @property
@@ -125,7 +125,7 @@ class LLM:
     @property
     def device_bytes(self) -> int:
         """Bytes of weights and cache on the device."""
-        return self._bound.weights.device_bytes + self._bound.cache_spec.nbytes
+        return self._bound.device_bytes
 
     @property
     def weight_bytes_per_token(self) -> int:
@@ -146,14 +146,9 @@ class LLM:
     def allocator(self) -> BlockAllocator:
         return self._bound.allocator
 
-    def check_room(self, prompt_tokens: int) -> None:
-        """Raises ContextOverflowError where a prompt leaves no room for one more token."""
-        if prompt_tokens >= self.context:
-            more = min(2 * prompt_tokens, self.config.context_length)
-            hint = f" or start with --context {more}" if more > prompt_tokens else ""
-            raise ContextOverflowError(
-                f"prompt is {prompt_tokens} tokens, the context is {self.context}: shorten it{hint}"
-            )
+    def engine(self, *, max_queue: int = 64, queue_timeout: float | None = None) -> Engine:
+        """A scheduler of requests over this model, for whoever steps it: `llorch serve` has one on a thread."""
+        return Engine(self._bound, self.tokenizer, max_queue=max_queue, queue_timeout=queue_timeout)
 
     # ---- generation ----
 

@@ -41,7 +41,7 @@ def llm() -> Iterator[llorch.LLM]:
 
 @pytest.fixture
 def engine(llm) -> Iterator[Engine]:
-    yield Engine(llm, max_queue=3)
+    yield llm.engine(max_queue=3)
     assert llm.allocator.used == 0, "cache blocks leaked"
 
 
@@ -140,7 +140,7 @@ def test_the_end_of_generation_ends_a_job_and_is_not_in_its_text(tmp_path) -> No
     greedy, _ = OracleModel(model).greedy(prompt, 6)
     path = write_model(replace(model, eos_id=greedy[4]), tmp_path / "model.gguf")
     with llorch.load(path, provider="numpy-cpu") as llm:
-        engine = Engine(llm)
+        engine = llm.engine()
         (ended,) = run(engine, request(llm, "a", prompt, max_tokens=20))
         (ignored,) = run(engine, request(llm, "b", prompt, max_tokens=6, ignore_eos=True))
     assert isinstance(ended.last, Ended)
@@ -222,7 +222,7 @@ def test_cancelling_a_job_that_waits_runs_or_is_in_its_prompt(llm, engine) -> No
 
 
 def test_waiting_longer_than_the_queue_time_limit_is_an_error(llm) -> None:
-    engine = Engine(llm, queue_timeout=0.05)
+    engine = llm.engine(queue_timeout=0.05)
     listeners = [Listener() for _ in range(5)]
     for i, listener in enumerate(listeners):
         engine.submit(request(llm, str(i), max_tokens=200), listener.append)
@@ -266,7 +266,7 @@ class PoisonedOps(NumpyOps):
 def test_nan_logits_cost_only_the_guilty_job(monkeypatch, temperature) -> None:
     monkeypatch.setattr("llorch.providers.numpy_cpu.NumpyOps", PoisonedOps)
     with llorch.load(shared("models", "stories260K.gguf"), provider="numpy-cpu") as llm:
-        engine = Engine(llm)
+        engine = llm.engine()
         sampling = SamplingParams(temperature=temperature, seed=1)
         guilty, good = run(
             engine, request(llm, "guilty", [1, 300, 5], sampling=sampling), request(llm, "good", sampling=sampling)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import llorch
-from llorch.core.engine import Engine
 from llorch.core.requests import Ended, Request, SamplingParams
 from llorch.providers import registry
 from llorch.providers.conformance.guarded import GuardedProvider, Opaque
@@ -87,13 +86,13 @@ def test_sequences_that_share_steps_give_what_they_give_alone(load: Any) -> None
     prompts = [PROMPT, [1, 9], [1, *range(20, 60)], [1, 250, 251, 252]]
     with load(model, parallel=4) as llm:
         alone = [llm.generate_ids(prompt, max_tokens=COUNT) for prompt in prompts]
-        engine, ended = Engine(llm), {}
+        engine, ended = llm.engine(), {}
         for i, prompt in enumerate(prompts):
             request = Request(
                 job_id=str(i), prompt=tuple(prompt), max_tokens=COUNT, ignore_eos=True,
                 sampling=SamplingParams(temperature=0.0),
             )  # fmt: skip
-            engine.submit(request, lambda event, i=i: ended.update({i: event}))  # type: ignore[misc]
+            engine.submit(request, lambda event, i=i: ended.update({i: event}))
         while engine.step():
             pass
         assert engine.stats().shared_steps >= COUNT
