@@ -390,11 +390,8 @@ def test_greedy_tokens_of_another_rope_base_fail(load_model, reference) -> None:
 
 
 def test_greedy_tokens_of_the_runner_up_fail(model, reference, monkeypatch) -> None:
-    real = engine_module.Sampler.sample_candidates
-    monkeypatch.setattr(engine_module.Sampler, "candidates", property(lambda _self: 2))
-    monkeypatch.setattr(
-        engine_module.Sampler, "sample_candidates", lambda self, ids, values: real(self, ids[1:], values[1:])
-    )
+    monkeypatch.setattr(engine_module.Sampler, "candidates", None)  # whole rows
+    monkeypatch.setattr(engine_module.Sampler, "sample", lambda _self, logits: int(np.argsort(logits)[-2]))
     with pytest.raises(AssertionError, match="other greedy"):
         assert_greedy(model, reference)
 
