@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from llorch import __version__
 from llorch.errors import LlorchError, SettingsError
 
-COMMANDS = {  # the name is also that of the module in llorch.commands
+COMMANDS = {  # the name, with underscores, is also that of the module in llorch.commands
     "serve": "serve a model over HTTP",
     "run": "generate text from a prompt, streamed to the terminal",
     "providers": "list compute providers: what works here, what does not and why",
     "inspect": "show what is in a GGUF file and how much memory it needs",
     "bench": "measure prefill and decode speed against the machine's limit",
+    "new-provider": "write the package of a new compute provider, which passes the conformance suite",
 }
 
 tracebacks = False  # set by --debug, wherever it stands, and by the setting `debug`
@@ -67,7 +68,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise SettingsError(_unknown(command))
-    module = importlib.import_module(f"llorch.commands.{command}")
+    module = importlib.import_module(f"llorch.commands.{command.replace('-', '_')}")
     return int(module.main([*flags, *rest]))
 
 

@@ -97,6 +97,11 @@ class ModelSettings(CommandSettings):
     chunk: int = Field(512, ge=1, description="most prompt tokens of one step")
     threads: int | None = Field(None, ge=1, description="CPU threads, the provider's choice by default")
 
+    def load_options(self) -> dict[str, Any]:
+        """These settings as keywords of llorch.load, but for the model itself."""
+        names = ("provider", "device", "context", "cache_type", "parallel", "chunk", "threads")
+        return {name: getattr(self, name) for name in names}
+
 
 Settings = TypeVar("Settings", bound=CommandSettings)
 
@@ -215,7 +220,7 @@ def _toml_values(settings: type[ps.BaseSettings]) -> dict[str, Any]:
 def _known_keys() -> set[str]:
     """The fields of every command's settings."""
     for name in cli.COMMANDS:
-        importlib.import_module(f"llorch.commands.{name}")
+        importlib.import_module(f"llorch.commands.{name.replace('-', '_')}")
 
     def fields(settings: type[CommandSettings]) -> Iterator[str]:
         yield from _fields(settings)

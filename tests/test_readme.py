@@ -31,13 +31,18 @@ class Command:
 
 
 def commands() -> list[Command]:
+    blocks = re.findall(r"^```console\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    return [command for block in blocks for command in commands_of(block)]
+
+
+def commands_of(block: str) -> list[Command]:
+    """The commands of one console block."""
     found = []
-    for block in re.findall(r"^```console\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE):
-        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            lines = part.splitlines()
-            while lines[0].endswith("\\"):
-                lines[:2] = [lines[0] + "\n" + lines[1]]
-            found.append(Command(lines[0], "\n".join(lines[1:])))
+    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        lines = part.splitlines()
+        while lines[0].endswith("\\"):
+            lines[:2] = [lines[0] + "\n" + lines[1]]
+        found.append(Command(lines[0], "\n".join(lines[1:])))
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +14,9 @@ from pydantic_settings import SettingsConfigDict
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from llorch.commands._terminal import console, loading, status
+from llorch.commands import _op_bench
+from llorch.commands._model import load_model
+from llorch.commands._terminal import console, status
 from llorch.errors import SettingsError
 from llorch.settings import ModelSettings, ReportSettings, parse
 
@@ -36,6 +37,7 @@ class BenchSettings(ModelSettings, ReportSettings):
     repetitions: int = Field(5, ge=1, description="runs of each test after one to warm up")
     provider: str = Field("auto", description="compute providers, separated by commas")
     parallel: int = Field(1, ge=1, le=4096, description="sequences to keep room for")
+    ops: bool = Field(False, description="time single operations, without a model: llorch bench --ops --help")
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ class Result:
     samples: list[float]  # tokens per second
     weight_type: str
     load_seconds: float
-    peak_memory_bytes: int | None  # of the process, from before the load to the end of its tests
+    peak_memory_bytes: int | None  # of the process, from before the load to the end of the warm-up
     device_bytes: int  # weights and cache
-    bandwidth_gb_s: float  # the better of the two measurements below, made before the load and after the tests
+    bandwidth_gb_s: float  # the better of the two below, measured between the repetitions
     read_gb_s: float
     matvec_gb_s: float  # NumPy's float32 matrix-vector product
     bytes_per_token: int | None = None  # tg: weights as the device holds them, and the cache at half of the tokens
@@ -64,7 +66,11 @@ class Result:
 
 
 def main(argv: Sequence[str]) -> int:
+    if "--ops" in argv:  # before parsing: it needs no --model, and has options of its own
+        return _op_bench.main(argv)
     settings = parse(BenchSettings, argv, "llorch bench")
+    if settings.ops:
+        return _op_bench.main(argv)
     providers = [name.strip() for name in settings.provider.split(",") if name.strip()]
     if not providers:
         raise SettingsError(f"--provider: expected names separated by commas, not {settings.provider!r}")
@@ -99,52 +105,23 @@ def _context(settings: BenchSettings) -> int:
 
 
 def _measure(settings: BenchSettings, provider: str, context: int) -> list[Result]:
-    import llorch  # after parsing: --help and a mistake need no NumPy
     from llorch import machine
 
-    with status("measuring memory bandwidth"):
-        bandwidth = machine.measure_bandwidth(settings.threads)
     machine.reset_peak_memory()
-    with loading() as progress:
-        llm = llorch.load(
-            settings.model,
-            provider=provider,
-            device=settings.device,
-            context=context,
-            cache_type=settings.cache_type,
-            parallel=settings.parallel,
-            chunk=settings.chunk,
-            threads=settings.threads,
-            progress=progress,
-        )
-    with llm:
-        for line in llm.start_lines:
-            print(line, file=sys.stderr)
-        rates = _rates(llm, settings)
-        peak = machine.peak_memory()
-    with status("measuring memory bandwidth again"):  # others may use the machine: before and after count
-        bandwidth += machine.measure_bandwidth(settings.threads)
-    return [_result(llm, test, samples, bandwidth, peak) for test, samples in rates.items()]
-
-
-def _rates(llm: LLM, settings: BenchSettings) -> dict[str, list[float]]:
-    """Tokens a second of each repetition, by test, after a run that is not counted: it may compile."""
-    rates: dict[str, list[float]] = {}
-    with status("") as say:
-        for kind, tokens, run in (
-            ("pp", settings.n_prompt, llm.bench_prefill),
-            ("tg", settings.n_gen, llm.bench_decode),
-        ):
-            if not tokens:
-                continue
-            test = f"{kind}{tokens}"
-            say(f"{llm.provider_name} {test}: warming up")
+    with load_model(settings, provider=provider, context=context) as llm, status("warming up") as say:
+        tests = [("pp", settings.n_prompt, llm.bench_prefill), ("tg", settings.n_gen, llm.bench_decode)]
+        tests = [(kind, tokens, run) for kind, tokens, run in tests if tokens]
+        for kind, tokens, run in tests:  # what is compiled on first use
             run(tokens if kind == "pp" else min(tokens, WARMUP_TOKENS))
-            rates[test] = []
-            for i in range(settings.repetitions):
-                say(f"{llm.provider_name} {test}: {i + 1} of {settings.repetitions}")
-                rates[test].append(tokens / run(tokens))
-    return rates
+        peak = machine.peak_memory()
+        bandwidth = machine.Bandwidth(settings.threads)
+        samples: dict[str, list[float]] = {f"{kind}{tokens}": [] for kind, tokens, _ in tests}
+        for i in range(settings.repetitions):
+            for kind, tokens, run in tests:
+                say(f"{llm.provider_name} {kind}{tokens}: {i + 1} of {settings.repetitions}")
+                samples[f"{kind}{tokens}"].append(tokens / run(tokens))
+            bandwidth.measure()
+        return [_result(llm, test, found, bandwidth, peak) for test, found in samples.items()]
 
 
 def _result(llm: LLM, test: str, samples: list[float], bandwidth: Bandwidth, peak: int | None) -> Result:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
-from llorch.commands._terminal import loading
+from llorch.commands._model import load_model
 from llorch.settings import ModelSettings, StringList, parse
 
 if TYPE_CHECKING:
     from llorch import LLM
+    from llorch.core.requests import Event
 
 
 class RunSettings(ModelSettings):
@@ -38,57 +39,44 @@ class RunSettings(ModelSettings):
 
 def main(argv: Sequence[str]) -> int:
     settings = parse(RunSettings, argv, "llorch run")
-    import llorch  # after parsing: --help and a mistake need no NumPy
-
     prompt = sys.stdin.read() if settings.prompt == "-" else settings.prompt
-    with loading() as progress:
-        llm = llorch.load(
-            settings.model,
-            provider=settings.provider,
-            device=settings.device,
-            context=settings.context,
-            cache_type=settings.cache_type,
-            parallel=settings.parallel,
-            chunk=settings.chunk,
-            threads=settings.threads,
-            progress=progress,
-        )
-    with llm:
-        for line in llm.start_lines:
-            print(line, file=sys.stderr)
-        return _stream(llm, _pieces(llm, prompt, settings))
+    with load_model(settings) as llm:
+        return _print(_events(llm, prompt, settings))
 
 
-def _pieces(llm: LLM, prompt: str, settings: RunSettings) -> Iterator[str]:
-    return llm.generate(
-        prompt,
-        max_tokens=settings.max_tokens,
+def _events(llm: LLM, prompt: str, settings: RunSettings) -> Iterator[Event]:
+    from llorch.core.requests import SamplingParams
+
+    sampling = SamplingParams(
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
         min_p=settings.min_p,
         repetition_penalty=settings.repetition_penalty,
         seed=settings.seed,
-        stop=settings.stop,
     )
+    return llm.stream(prompt, sampling, max_tokens=settings.max_tokens, stop=settings.stop)
 
 
-def _stream(llm: LLM, pieces: Iterator[str]) -> int:
+def _print(events: Iterator[Event]) -> int:
     """Writes each piece at once; then how fast they came. Ctrl-C ends the text, not the figures."""
+    from llorch.core.requests import Token
+
     start = first = time.perf_counter()
-    text, status = "", 0
+    tokens, tokens_first, status = 0, 0, 0
     try:
-        for piece in pieces:
-            first = first if text else time.perf_counter()
-            text += piece
-            print(piece, end="", flush=True)
+        for event in events:
+            if isinstance(event, Token):
+                if not tokens:
+                    first, tokens_first = time.perf_counter(), event.tokens
+                tokens += event.tokens
+                print(event.text, end="", flush=True)
     except KeyboardInterrupt:
         status = 130
     end = time.perf_counter()
     if sys.stdout.isatty() or status:
         print(flush=True)
-    tokens = len(llm.tokenizer.encode(text, add_special=False))
-    rate = f", {(tokens - 1) / (end - first):.1f} tokens/s" if tokens > 1 and end > first else ""
+    rate = f", {(tokens - tokens_first) / (end - first):.1f} tokens/s" if tokens > tokens_first else ""
     interrupted = "interrupted: " if status else ""
     print(f"{interrupted}{tokens} tokens, the first after {first - start:.2f} s{rate}", file=sys.stderr)
     return status

@@ -178,35 +178,32 @@ class LLM:
             presence_penalty=presence_penalty,
             seed=seed,
         )
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        request = Request(
-            job_id=f"generate-{next(_numbers)}",
-            prompt=tuple(ids),
-            max_tokens=max_tokens,
-            sampling=sampling,
-            stop=tuple(stop),
-        )
-        for event in self._events(request):
+        for event in self.stream(prompt, sampling, max_tokens=max_tokens, stop=stop):
             if isinstance(event, Token):
                 yield event.text
 
-    def generate_ids(
-        self, prompt: Sequence[int], *, max_tokens: int = 128, temperature: float = 0.0, seed: int | None = None
-    ) -> list[int]:
-        """The ids of `max_tokens` tokens, past any end of generation."""
-        request = Request(
-            job_id=f"generate-{next(_numbers)}",
-            prompt=tuple(prompt),
-            max_tokens=max_tokens,
-            sampling=SamplingParams(temperature=temperature, seed=seed),
-            ignore_eos=True,
-        )
-        *_, ended = self._events(request)
-        assert isinstance(ended, Ended)
-        return list(ended.tokens)
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Iterator[Event]:
+        """The events of one generation: Started, Tokens, and Ended with its reason and all token ids.
 
-    def _events(self, request: Request) -> Iterator[Event]:
-        """Steps the engine until this request ends. Threads that do so at once share their steps."""
+        Steps the engine until this request ends; threads that do so at once share their steps.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        request = Request(
+            job_id=f"stream-{next(_numbers)}",
+            prompt=tuple(ids),
+            max_tokens=max_tokens,
+            sampling=sampling or SamplingParams(),
+            stop=tuple(stop),
+            ignore_eos=ignore_eos,
+        )
         events: deque[Event] = deque()
         self._engine.submit(request, events.append)
         try:
@@ -225,6 +222,15 @@ class LLM:
             if self._engine.cancel(request.job_id):
                 with self._bound.turn:
                     self._engine.step()  # gives its blocks back now
+
+    def generate_ids(
+        self, prompt: Sequence[int], *, max_tokens: int = 128, temperature: float = 0.0, seed: int | None = None
+    ) -> list[int]:
+        """The ids of `max_tokens` tokens, past any end of generation."""
+        sampling = SamplingParams(temperature=temperature, seed=seed)
+        *_, ended = self.stream(prompt, sampling, max_tokens=max_tokens, ignore_eos=True)
+        assert isinstance(ended, Ended)
+        return list(ended.tokens)
 
     # ---- looking inside ----
 

@@ -181,17 +181,7 @@ class WorkerProcess:
         settings = self._settings
         report = LoadReport(str(settings.model), self._uri, progress)
         report(0.0, "starting")
-        return load(
-            settings.model,
-            provider=settings.provider,
-            device=settings.device,
-            context=settings.context,
-            cache_type=settings.cache_type,
-            parallel=settings.parallel,
-            chunk=settings.chunk,
-            threads=settings.threads,
-            progress=report,
-        )
+        return load(settings.model, **settings.load_options(), progress=report)
 
     async def _announce(self, url: str, llm: LLM) -> None:
         registration = {

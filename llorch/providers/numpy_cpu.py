@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
-import psutil
 import threadpoolctl
 
 from llorch.providers import (
@@ -38,6 +36,7 @@ from llorch.providers import (
     TopkSpec,
     hookimpl,
 )
+from llorch.providers.array import host_memory
 
 Float = npt.NDArray[np.float32]
 Int = npt.NDArray[np.int32]
@@ -208,22 +207,11 @@ class NumpyDevice:
         return None
 
     def memory(self) -> MemoryInfo:
-        return _memory()
+        return host_memory()
 
     def close(self) -> None:
         if self._threads is not None:
             self._threads.restore_original_limits()
-
-
-def _memory() -> MemoryInfo:
-    """The machine's memory, or the container's where that is less."""
-    machine = psutil.virtual_memory()
-    total, free = machine.total, machine.available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-        free = min(free, int(text) - int(used.read_text()))
-    return MemoryInfo(total=total, free=max(free, 0))
 
 
 class NumpyOps:

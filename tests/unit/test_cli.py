@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def test_no_command_shows_the_help_as_an_error(capsys: pytest.CaptureFixture[str
     [
         ("prviders", "unknown command 'prviders'; did you mean providers? See llorch --help"),
         ("--verson", "unknown option '--verson'; did you mean --version? See llorch --help"),
-        ("xyz", "unknown command 'xyz'; commands are serve, run, providers, inspect, bench. See llorch --help"),
+        ("xyz", f"unknown command 'xyz'; commands are {', '.join(cli.COMMANDS)}. See llorch --help"),
     ],
 )
 def test_an_unknown_command_gives_a_suggestion(argv: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,6 +324,32 @@ def test_run_takes_sampling_settings_and_stops(capfd: pytest.CaptureFixture[str]
 def test_run_reads_a_prompt_from_standard_input() -> None:
     argv = ["run", "-", "--model", model(), "--provider", "numpy-cpu", "-n", "4", "--temperature", "0"]
     assert llorch(*argv, input="Once upon a time").stdout == ", there was a"
+
+
+def test_run_ends_cleanly_when_interrupted() -> None:
+    argv = ["run", "Once", "--model", model(), "--provider", "numpy-cpu", "-n", "500", "--temperature", "0"]
+    command = [sys.executable, "-m", "llorch", *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.read(4)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("interrupted: ")
+    assert "Traceback" not in errors
+
+
+def test_run_is_quiet_when_its_reader_leaves() -> None:
+    argv = ["run", "Once", "--model", model(), "--provider", "numpy-cpu", "-n", "500", "--temperature", "0"]
+    command = [sys.executable, "-m", "llorch", *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(4)
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert "Error" not in errors
 
 
 # ---- bench ----

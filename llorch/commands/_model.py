@@ -1,0 +1,23 @@
+"""Loads the model of a command's settings."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from llorch.commands._terminal import loading
+from llorch.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from llorch import LLM
+
+
+def load_model(settings: ModelSettings, **changes: Any) -> LLM:
+    """llorch.load with these settings, `changes` instead of some; progress and the start lines on standard error."""
+    import llorch  # here, so that --help and a mistake need no NumPy
+
+    with loading() as progress:
+        llm = llorch.load(settings.model, **settings.load_options() | changes, progress=progress)
+    for line in llm.start_lines:
+        print(line, file=sys.stderr)
+    return llm
