@@ -19,8 +19,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(PLUGINS)
 serve: setup  ## make serve MODEL=path/to/model.gguf [ARGS="--provider numpy-cpu --port 8080"]
 	$(BIN)/llorch serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-test: setup  ## make test [ARGS="-k tokenizer"]
-	$(BIN)/pytest $(ARGS)
+test: setup  ## every installed provider; one of them: make test ARGS="--provider numpy-cpu -k matmul"
+	$(BIN)/pytest --provider all $(ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -37,6 +37,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "provider_api(version): the test needs this version of the provider contract; older providers skip it",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A provider's tests as old as the provider, and strict about the failures that it expects of itself."""
+    for item in items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("provider_name")  # type: ignore[attr-defined]
+        if name is not None:
+            mark = item.get_closest_marker("provider_api")
+            for decorator in _selection(config).marks(name, item.name, mark.args[0] if mark else 1):
+                item.add_marker(decorator)
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.getoption("--provider") is not None:
         _selection(session.config)  # a wrong name ends the run before anything is collected

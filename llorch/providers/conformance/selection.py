@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
+import importlib.resources
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,6 +15,39 @@ from llorch.providers.conformance.rig import Rig
 from llorch.providers.spec import Provider, Use
 
 PLAIN = ("F32", "F16", "BF16")
+EXPECTED_FAILURES = "conformance-xfail.txt"
+
+
+@dataclass(frozen=True)
+class ExpectedFailure:
+    """A line of a provider's file of expected failures: a pattern of test names, and why."""
+
+    pattern: str
+    reason: str
+    source: str  # file and line
+
+    def matches(self, name: str) -> bool:
+        # a test's parameters stand in brackets, which fnmatch would take for a set of characters
+        return fnmatch.fnmatchcase(name, self.pattern.replace("[", "[[]"))
+
+
+def expected_failures(package: str) -> list[ExpectedFailure]:
+    """What `conformance-xfail.txt` in a provider's package says: `pattern  # reason` a line.
+
+    Raises pytest.UsageError for a line without a reason.
+    """
+    file = importlib.resources.files(package).joinpath(EXPECTED_FAILURES)
+    if not file.is_file():
+        return []
+    found = []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+        pattern, _, reason = (part.strip() for part in line.partition("#"))
+        if not pattern:
+            continue
+        if not reason:
+            raise pytest.UsageError(f"{file}, line {number}: {pattern!r} has no reason; write `pattern  # reason`")
+        found.append(ExpectedFailure(pattern, reason, f"{EXPECTED_FAILURES}, line {number}"))
+    return found
 
 
 class Selection:
@@ -21,6 +57,7 @@ class Selection:
         self._rigs: dict[str, Rig] = {}
         self._providers: dict[str, Provider] = {}
         self._absent: dict[str, str] = {}
+        self._failures: dict[str, list[ExpectedFailure]] = {}
         if wanted == "all":
             self._take_all()
         else:
@@ -63,6 +100,26 @@ class Selection:
 
     def provider(self, name: str) -> Provider:
         return self._providers[name]
+
+    def marks(self, name: str, test: str, needs: int) -> list[pytest.MarkDecorator]:
+        """What a provider's age or its own file says of a test, which needs the contract's version `needs`."""
+        provider = self._providers.get(name)
+        if provider is None:  # it has no device: skipped already
+            return []
+        if provider.api_version < needs:
+            reason = f"the test needs provider API {needs}, {name} is built for {provider.api_version}"
+            return [pytest.mark.skip(reason=reason)]
+        return [
+            pytest.mark.xfail(strict=True, reason=f"{failure.reason} ({failure.source})")
+            for failure in self._expected(name)
+            if failure.matches(test)
+        ]
+
+    def _expected(self, name: str) -> list[ExpectedFailure]:
+        if name not in self._failures:
+            (entry,) = registry.installed()[name]
+            self._failures[name] = expected_failures(entry.module.partition(".")[0])
+        return self._failures[name]
 
     def rig(self, name: str) -> Rig:
         if name not in self._rigs:
