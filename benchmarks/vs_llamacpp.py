@@ -1,0 +1,235 @@
+"""llorch's providers beside llama.cpp: the same file, the same threads, prefill and decode, in alternating runs.
+
+    python benchmarks/vs_llamacpp.py model.gguf --provider opencl,numpy-cpu --llamacpp-python /path/to/venv/bin/python
+
+llama.cpp is run through llama-cpp-python from an interpreter of its own, where it should be built for this machine:
+
+    python -m venv llamacpp && CMAKE_ARGS=-DGGML_NATIVE=ON llamacpp/bin/pip install llama-cpp-python
+
+(A virtual machine may show AMX and not allow it: llama.cpp then dies of SIGSEGV, and needs the addition
+`-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'` and the same for CMAKE_CXX_FLAGS.)
+
+Each measurement is a process: it loads, warms up, and takes the median of its passes. The processes alternate
+(bandwidth, llama.cpp, the providers, and again), so that whatever else the machine does meets all of them alike. A
+figure is the median over the rounds; the spread is from the slowest to the fastest round. The limit of decoding is the
+memory bandwidth measured between the same rounds over the bytes of the matrices in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WARMUP_TOKENS = 8
+PEER, MEMORY = "llama.cpp", "memory"
+Figures = dict[str, float]
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    if arguments.worker:
+        print(json.dumps(_WORKERS[arguments.worker](arguments)))
+        return
+    names = [PEER, *(name.strip() for name in arguments.provider.split(","))]
+    rounds: dict[str, list[Figures]] = {name: [] for name in [MEMORY, *names]}
+    for i in range(arguments.rounds):
+        for name in rounds:
+            figures = _run(name, arguments)
+            rounds[name].append(figures)
+            shown = ", ".join(f"{test} {value:.2f}" for test, value in figures.items())
+            print(f"round {i + 1} of {arguments.rounds}: {name}: {shown}", file=sys.stderr)
+    result = _summary(rounds, arguments)
+    _print_table(result)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.plot:
+        _plot(result, arguments.plot)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a GGUF file that both can load")
+    parser.add_argument("--provider", default="numpy-cpu", help="llorch's providers, between commas (%(default)s)")
+    parser.add_argument("--llamacpp-python", default=sys.executable, help="interpreter that has llama-cpp-python")
+    parser.add_argument("--threads", type=int, default=_cores(), help="threads of each (%(default)s, all cores)")
+    parser.add_argument("-p", "--prefill", type=int, default=256, help="tokens of the prompt (%(default)s)")
+    parser.add_argument("-n", "--decode", type=int, default=128, help="tokens to decode (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="processes of each (%(default)s)")
+    parser.add_argument("--passes", type=int, default=3, help="measurements in a process (%(default)s)")
+    parser.add_argument("--json", type=Path, help="write every figure to this file")
+    parser.add_argument("--plot", type=Path, help="draw the comparison into this PNG (needs matplotlib)")
+    parser.add_argument("--worker", choices=[*_WORKERS], help=argparse.SUPPRESS)
+    return parser
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- one measurement: a process ----
+
+
+def _run(name: str, arguments: argparse.Namespace) -> Figures:
+    """Starts the process that measures `name`. Ends the program with its last words where it fails."""
+    worker = {MEMORY: "memory", PEER: "llamacpp"}.get(name, "llorch")
+    python = arguments.llamacpp_python if name == PEER else sys.executable
+    command = [python, __file__, str(arguments.model), "--worker", worker, "--provider", name]
+    for option in ("threads", "prefill", "decode", "passes"):
+        command += [f"--{option}", str(getattr(arguments, option))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
+    environment |= {"POCL_MAX_PTHREAD_COUNT": str(arguments.threads)}  # PoCL's pool is made when it is loaded
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        last = "\n".join(done.stderr.splitlines()[-15:])
+        raise SystemExit(f"{name} failed with status {done.returncode}: {' '.join(command)}\n{last}")
+    figures: Figures = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _rates(arguments: argparse.Namespace, prefill: Callable[[], float], decode: Callable[[int], float]) -> Figures:
+    """Tokens a second, from functions that return seconds: medians, prefill and decode in turn."""
+    prefill()
+    decode(WARMUP_TOKENS)
+    seconds = [(prefill(), decode(arguments.decode)) for _ in range(arguments.passes)]
+    return {
+        f"pp{arguments.prefill}": arguments.prefill / statistics.median(pp for pp, _ in seconds),
+        f"tg{arguments.decode}": arguments.decode / statistics.median(tg for _, tg in seconds),
+    }
+
+
+def _measure_llorch(arguments: argparse.Namespace) -> Figures:
+    import llorch
+
+    context = max(arguments.prefill, arguments.decode) + WARMUP_TOKENS
+    with llorch.load(
+        arguments.model, provider=arguments.provider, context=context, parallel=1, threads=arguments.threads
+    ) as llm:
+        return _rates(arguments, lambda: llm.bench_prefill(arguments.prefill), llm.bench_decode)
+
+
+def _measure_llamacpp(arguments: argparse.Namespace) -> Figures:
+    import llama_cpp
+
+    context = max(arguments.prefill, arguments.decode) + WARMUP_TOKENS
+    threads = {"n_threads": arguments.threads, "n_threads_batch": arguments.threads}
+    llm = llama_cpp.Llama(str(arguments.model), n_ctx=context, n_batch=512, n_gpu_layers=0, verbose=False, **threads)
+    ids = [3 + 7 * i % 250 for i in range(context)]
+
+    def seconds(chunks: list[list[int]]) -> float:
+        llm.reset()
+        start = time.perf_counter()
+        for chunk in chunks:
+            llm.eval(chunk)
+        return time.perf_counter() - start
+
+    return _rates(arguments, lambda: seconds([ids[: arguments.prefill]]), lambda n: seconds([[i] for i in ids[:n]]))
+
+
+def _measure_memory(arguments: argparse.Namespace) -> Figures:
+    from llorch.machine import Bandwidth
+
+    bandwidth = Bandwidth(arguments.threads)
+    for _ in range(arguments.passes):
+        bandwidth.measure()
+    return {"GB/s": bandwidth.best_gb_s}
+
+
+_WORKERS: dict[str, Callable[[argparse.Namespace], Figures]] = {
+    "llorch": _measure_llorch,
+    "llamacpp": _measure_llamacpp,
+    "memory": _measure_memory,
+}
+
+
+# ---- results ----
+
+
+def _matrix_bytes(model: Path) -> int:
+    """Bytes of the matrices that a decode step reads: all but an embedding that is only looked up."""
+    import gguf
+
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(model).tensors}
+    looked_up = {"token_embd.weight"} if "output.weight" in tensors else set()
+    return sum(int(t.n_bytes) for name, t in tensors.items() if len(t.shape) == 2 and name not in looked_up)
+
+
+def _summary(rounds: dict[str, list[Figures]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians and spreads; every test relative to the peer, and decode relative to the memory's limit."""
+    bandwidth = statistics.median(figures["GB/s"] for figures in rounds[MEMORY])
+    matrix_bytes = _matrix_bytes(arguments.model)
+    limit = bandwidth * 1e9 / matrix_bytes
+    rows = []
+    for test in rounds[PEER][0]:
+        peer = statistics.median(figures[test] for figures in rounds[PEER])
+        for name in rounds:
+            if name == MEMORY:
+                continue
+            values = [figures[test] for figures in rounds[name]]
+            median = statistics.median(values)
+            row = {"test": test, "engine": name, "tokens_per_second": median, "low": min(values), "high": max(values)}
+            row |= {"to_peer": median / peer, "of_limit": median / limit if test.startswith("tg") else None}
+            rows.append(row)
+    return {
+        "model": arguments.model.name,
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "bandwidth_gb_s": bandwidth,
+        "bytes_per_token": matrix_bytes,
+        "limit_tokens_per_second": limit,
+        "rows": rows,
+        "samples": rounds,
+    }
+
+
+def _print_table(result: dict[str, Any]) -> None:
+    print(
+        f"\n{result['model']}, {result['threads']} threads, medians of {result['rounds']} rounds\n"
+        f"memory {result['bandwidth_gb_s']:.1f} GB/s; {result['bytes_per_token'] / 1e6:.0f} MB a token: "
+        f"at most {result['limit_tokens_per_second']:.1f} tokens/s decode\n"
+    )
+    heads = "lowest - highest", "to llama.cpp", "of the limit"
+    print(f"{'test':<7}{'engine':<16}{'tokens/s':>10}  {heads[0]:<18}{heads[1]:>13}{heads[2]:>14}")
+    for row in result["rows"]:
+        spread = f"{row['low']:.1f} - {row['high']:.1f}"
+        share = "" if row["of_limit"] is None else f"{row['of_limit']:.0%}"
+        print(
+            f"{row['test']:<7}{row['engine']:<16}{row['tokens_per_second']:>10.1f}  {spread:<18}"
+            f"{row['to_peer']:>12.2f}x{share:>14}"
+        )
+
+
+def _plot(result: dict[str, Any], path: Path) -> None:
+    """One panel a test, bars with the spread; the memory's limit is a line over decode."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a file, no window
+    from matplotlib import pyplot
+
+    tests = list(dict.fromkeys(row["test"] for row in result["rows"]))
+    figure, panels = pyplot.subplots(1, len(tests), figsize=(4.5 * len(tests), 4), layout="constrained", squeeze=False)
+    for panel, test in zip(panels[0], tests, strict=True):
+        rows = [row for row in result["rows"] if row["test"] == test]
+        medians = [row["tokens_per_second"] for row in rows]
+        below = [row["tokens_per_second"] - row["low"] for row in rows]
+        above = [row["high"] - row["tokens_per_second"] for row in rows]
+        colours = ["#888888" if row["engine"] == PEER else "#2a6fb0" for row in rows]
+        bars = panel.bar([row["engine"] for row in rows], medians, yerr=[below, above], color=colours, capsize=4)
+        panel.bar_label(bars, fmt="%.1f", label_type="center", color="white")
+        if test.startswith("tg"):
+            panel.axhline(result["limit_tokens_per_second"], color="#b03030", linestyle="--", label="memory bandwidth")
+            panel.legend()
+        panel.set(title=f"{test}: {'decode' if test.startswith('tg') else 'prefill'}", ylabel="tokens/s")
+    figure.suptitle(f"{result['model']}, {result['threads']} threads")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
