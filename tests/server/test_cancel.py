@@ -97,11 +97,12 @@ def test_the_id_of_a_running_job_cannot(slow: Server, slow_client: httpx.Client)
 
 def test_a_full_queue_is_a_plain_503(slow: Server, slow_client: httpx.Client) -> None:
     with ExitStack() as stack:
+        streams = []  # one that is forgotten is closed, and its job with it
         for job_id in ("runs", "waits 1", "waits 2"):
             client = stack.enter_context(slow.client())
-            stream = stack.enter_context(execute(client, job_id=job_id, **JOB))
+            streams.append(stack.enter_context(execute(client, job_id=job_id, **JOB)))
             if job_id == "runs":
-                stream.next("started")
+                streams[0].next("started")
         response = slow_client.post("/execute", json={"job_id": "too many", **JOB})
         assert response.status_code == 503
         assert response.headers["retry-after"] == "1"

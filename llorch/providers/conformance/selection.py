@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib.resources
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,12 +32,15 @@ class ExpectedFailure:
         return fnmatch.fnmatchcase(name, self.pattern.replace("[", "[[]"))
 
 
-def expected_failures(package: str) -> list[ExpectedFailure]:
-    """What `conformance-xfail.txt` in a provider's package says: `pattern  # reason` a line.
+def expected_failures(module: str) -> list[ExpectedFailure]:
+    """What `conformance-xfail.txt` beside a provider's top-level module says: `pattern  # reason` a line.
 
     Raises pytest.UsageError for a line without a reason.
     """
-    file = importlib.resources.files(package).joinpath(EXPECTED_FAILURES)
+    spec = importlib.util.find_spec(module.partition(".")[0])
+    if spec is None or spec.origin is None:
+        return []
+    file = Path(spec.origin).parent / EXPECTED_FAILURES
     if not file.is_file():
         return []
     found = []
@@ -118,7 +122,7 @@ class Selection:
     def _expected(self, name: str) -> list[ExpectedFailure]:
         if name not in self._failures:
             (entry,) = registry.installed()[name]
-            self._failures[name] = expected_failures(entry.module.partition(".")[0])
+            self._failures[name] = expected_failures(entry.module)
         return self._failures[name]
 
     def rig(self, name: str) -> Rig:
