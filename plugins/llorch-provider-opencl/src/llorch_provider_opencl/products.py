@@ -31,10 +31,11 @@ class Variant:
     items: int
     width: int
     segments_per_item: int
+    unroll: int
+    paired: bool
 
     @property
     def macros(self) -> dict[str, int]:
-        segments = FORMATS[self.type].columns // FORMATS[self.type].segment
         return {
             f"TYPE_{self.type}": 1,
             "TOKENS": self.tokens,
@@ -42,7 +43,8 @@ class Variant:
             "SPLITS": self.splits,
             "GROUP_ITEMS": self.items,
             "SPAN": self.segments_per_item,
-            "UNROLL": segments if segments <= 2 else 1,
+            "UNROLL": self.unroll,
+            "PAIRED": int(self.paired),
         }
 
     @property
@@ -76,7 +78,19 @@ class Product:
         tile = next((t for t in DECODE_TILES if tokens <= t), s.prefill_tokens)
         groups = s.prefill_groups if tile == s.prefill_tokens else max(1, min(s.decode_groups, MOST_RESULTS // tile))
         groups = max(2, groups) if self._paired else groups
-        return Variant(self.spec.type, tile, groups, self._splits, s.product_items, s.width, s.segments_per_item)
+        form = FORMATS[self.spec.type]
+        segments = form.columns // form.segment
+        return Variant(
+            type=self.spec.type,
+            tokens=tile,
+            groups=groups,
+            splits=self._splits,
+            items=s.product_items,
+            width=s.width,
+            segments_per_item=s.segments_per_item,
+            unroll=segments if segments <= s.unroll else 1,  # whole units alone
+            paired=self._paired,
+        )
 
     def make(self, name: str, variant: Variant) -> Callable[[], Any]:
         """Always the same function for a variant: sites share kernel objects by it."""

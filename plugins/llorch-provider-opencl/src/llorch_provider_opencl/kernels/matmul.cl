@@ -87,6 +87,8 @@ INLINED place find_place(const int tiles, const int units) {
     return p;
 }
 
+#if !PAIRED  // each kernel has a program of its own: compiling takes seconds on some devices
+
 __kernel void matmul(__global float *restrict out, __global const float *restrict prepared,
                      __global const uint *restrict w, __global const float *restrict bias, const int tokens,
                      const int rows, const int units) {
@@ -122,7 +124,7 @@ __kernel void matmul(__global float *restrict out, __global const float *restric
     }
 }
 
-#if GROUPS % 2 == 0
+#else
 #define PAIRS (GROUPS / 2)
 
 // out = silu(gate) * up, where gate and up are products of the same x: the first half of the work-item's groups is the
