@@ -9,7 +9,8 @@ import pluggy
 
 from llorch.errors import BindError, LlorchError
 from llorch.providers.decompose import Decomposed, Decompositions
-from llorch.providers.spec import OPTIONAL, REQUIRED, Device, Kernel, LayerOps, OpSpec, Tensor
+from llorch.providers.hooks import register
+from llorch.providers.spec import OPTIONAL, REQUIRED, Device, Kernel, OpSpec, Tensor
 
 
 class Binder:
@@ -27,16 +28,7 @@ class Binder:
         self._manager = self._register(operations)
 
     def _register(self, operations: object) -> pluggy.PluginManager:
-        manager = pluggy.PluginManager("llorch")
-        manager.add_hookspecs(LayerOps)
-        try:
-            manager.register(operations, name=self.provider)
-            manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            raise BindError(
-                f"provider {self.provider}: {' '.join(str(error).split())}; the operations are "
-                f"{', '.join(REQUIRED + OPTIONAL)} (mark one that this llorch may not know with optionalhook=True)"
-            ) from error
+        manager = register(operations, self.provider)
         manager.register(Decompositions(self), name="decompositions")
         return manager
 

@@ -12,7 +12,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
 from llorch import __version__
-from llorch.errors import ProviderUnavailableError, UnknownProviderError
+from llorch.errors import BindError, ProviderUnavailableError, UnknownProviderError
+from llorch.providers.hooks import missing, register
 from llorch.providers.spec import ACCEPTED_API_VERSIONS, DeviceInfo, Provider
 
 GROUP = "llorch.providers"
@@ -121,7 +122,9 @@ def _status(name: str, entries: Sequence[EntryPoint]) -> ProviderStatus:
     described: dict[str, Any] = {attribute: getattr(provider, attribute) for attribute in _ATTRIBUTES}
     described |= origin | {"api_version": provider.api_version}
     try:
-        return ProviderStatus(**described, state="ok", devices=_devices(provider))
+        devices = _devices(provider)
+        _check_operations(provider)
+        return ProviderStatus(**described, state="ok", devices=devices)
     except _BrokenError as error:
         return ProviderStatus(**described, state="broken", reason=str(error))
     except ProviderUnavailableError as error:
@@ -185,6 +188,18 @@ def _malformed(name: str, provider: Any) -> str | None:
         if not callable(getattr(provider, method, None)):
             return f"the method {method}() is missing"
     return None if provider.name == name else f"it calls itself {provider.name!r}, its entry point {name!r}"
+
+
+def _check_operations(provider: Provider) -> None:
+    """What would fail at every load: a misspelt hook, a required operation that is not there. Raises _BrokenError."""
+    try:
+        absent = missing(register(provider.operations(), provider.name))
+    except BindError as error:
+        raise _BrokenError(str(error)) from error
+    except (Exception, SystemExit) as error:
+        raise _BrokenError(f"operations() failed: {_reason(error)}") from error
+    if absent:
+        raise _BrokenError(f"has no factory for {', '.join(absent)}, which every model needs (marked with @hookimpl?)")
 
 
 def _devices(provider: Provider) -> tuple[DeviceInfo, ...]:

@@ -26,7 +26,9 @@ class Provider:
         raise NotImplementedError
 
     def operations(self):
-        raise NotImplementedError
+        from llorch.providers.numpy_cpu import NumpyOps
+
+        return NumpyOps()
 
 provider = Provider()
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -202,3 +203,27 @@ def test_a_named_provider_is_chosen_whatever_its_priority(site: Path) -> None:
     install(site, "high", source("high", priority=2000))
     provider, why = registry.choose("numpy-cpu")
     assert (provider.name, why) == ("numpy-cpu", "chosen by name")
+
+
+# ---- operations that would fail at every load ----
+
+OPERATIONS = {
+    "a misspelt hook": ("matmul_grop", "broken", "matmul_grop.*the operations are embed, rmsnorm"),
+    "nothing but a right hook": ("matmul", "broken", "no factory for embed, rmsnorm, rope, attention"),
+}
+
+
+@pytest.mark.parametrize("case", OPERATIONS)
+def test_operations_that_no_model_could_use_are_a_broken_state(site, case) -> None:
+    hook, state, reason = OPERATIONS[case]
+    text = source("acme").replace(
+        "        from llorch.providers.numpy_cpu import NumpyOps\n\n        return NumpyOps()\n",
+        "        return Ops()\n",
+    )
+    ops = "from llorch.providers import hookimpl\n\nclass Ops:\n    @hookimpl\n"
+    ops += f"    def {hook}(self, spec):\n        return None\n"
+    assert "return Ops()" in text
+    install(site, "acme", ops + text)
+    (status,) = (status for status in registry.status() if status.name == "acme")
+    assert status.state == state
+    assert re.search(reason, status.reason or "")
