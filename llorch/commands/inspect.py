@@ -33,9 +33,9 @@ class InspectSettings(ReportSettings):
 
 def main(argv: Sequence[str]) -> int:
     settings = parse(InspectSettings, argv, "llorch inspect")
-    from llorch.core.gguf import GGUFFile
+    from llorch.core.model_files import open_model
 
-    with GGUFFile.open(settings.model) as file:
+    with open_model(settings.model) as file:
         report = _report(file)
     if settings.as_json:
         print(json.dumps(report, indent=2))
@@ -65,7 +65,7 @@ def _report(file: GGUFFile) -> dict[str, Any]:
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     return {
         "file": str(file.path),
-        "bytes": file.path.stat().st_size,
+        "bytes": file.nbytes,
         "gguf_version": file.version,
         "name": _text(file, "general.name"),
         "architecture": _text(file, "general.architecture"),

@@ -17,6 +17,7 @@ from llorch.core.config import ModelConfig
 from llorch.core.engine import Engine
 from llorch.core.gguf import GGUFFile
 from llorch.core.loader import load_weights
+from llorch.core.model_files import open_model
 from llorch.core.plan import Limits
 from llorch.core.requests import Ended, Event, Failed, Request, SamplingParams, Token
 from llorch.core.runner import Runner
@@ -42,13 +43,14 @@ def load(
 ) -> LLM:
     """Loads a GGUF model on a provider's device.
 
+    `model`: a file (any part of a split one), a directory or pattern that holds one model, or `hf:OWNER/REPO[:QUANT]`.
     `context`: tokens of one sequence, the model's own by default. `cache_type`: "f32" or "f16", the provider's default
     where None. `parallel`: sequences that run together. `chunk`: most tokens of one step. `progress` gets a fraction
     and what is being done. Raises ModelError, ProviderError or SettingsError.
     """
     start = time.perf_counter()
     chosen, why = registry.choose(provider)
-    file = GGUFFile.open(Path(model))
+    file = open_model(model, progress)
     opened: Device | None = None
     try:
         config = ModelConfig.from_gguf(file)
