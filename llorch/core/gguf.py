@@ -128,6 +128,11 @@ class GGUFFile:
         at = f" at offset {self._offsets[key]}" if key in self._offsets else ""
         return f"metadata field {key}{at}"
 
+    def begin(self, key: str) -> str:
+        """How a message about a field's value begins: the file, the offset and the key."""
+        at = f"at offset {self._offsets[key]}: " if key in self._offsets else ""
+        return f"{self.path}: {at}{key}"
+
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """The raw blocks of a tensor, uint8 [nbytes]: a read-only view on the map, no copy."""
         if self._map is None:

@@ -158,8 +158,15 @@ def _data(file: GGUFFile, name: str) -> npt.NDArray[np.uint8]:
 
 
 def _host_values(file: GGUFFile, name: str) -> npt.NDArray[np.float32]:
+    """RoPE's factors: frequencies are divided by them."""
     info = file.tensors[name]
-    return dequantize(_data(file, name), info.type, info.shape)
+    values = dequantize(_data(file, name), info.type, info.shape)
+    if not (values > 0).all():
+        raise GGUFError(
+            f"{file.file_of(name)}: tensor {name} at offset {info.offset} holds {values.min()}, expected numbers above "
+            f"0; {RECONVERT}"
+        )
+    return values
 
 
 def _host_weight(file: GGUFFile, wanted: _Pending) -> HostWeight:

@@ -1,12 +1,12 @@
 """From what a user calls a model to its open file: a path, a directory or pattern that holds one, any part of a split
-file, or a repository of the Hugging Face Hub."""
+file."""
 
 from __future__ import annotations
 
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,18 @@ import numpy.typing as npt
 from llorch.core.gguf import GGUFFile, TensorInfo, shown
 from llorch.errors import GGUFError, ModelError
 
-HUB = "hf:"
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MOST_PARTS = 4096
 _LISTED = 20
 
-Progress = Callable[[float, str], None]
+
+def open_model(model: str | os.PathLike[str]) -> GGUFFile:
+    """The model's file, all parts of a split one as one. Raises GGUFError, or another ModelError where there is none."""
+    return _open(locate(model))
 
 
-def open_model(model: str | os.PathLike[str], progress: Progress = lambda _fraction, _text: None) -> GGUFFile:
-    """The model's file, all parts of a split one as one. Raises GGUFError, or another ModelError where there is none.
-
-    `progress` hears of a download.
-    """
-    return _open(locate(model, progress))
-
-
-def locate(model: str | os.PathLike[str], progress: Progress = lambda _fraction, _text: None) -> Path:
-    """The path of a model's file, the first part's of a split one; what is named `hf:...` is fetched first."""
-    if isinstance(model, str) and model.startswith(HUB):
-        from llorch.core.hub import fetch  # its library is an extra
-
-        return fetch(model, progress)
+def locate(model: str | os.PathLike[str]) -> Path:
+    """The path of a model's file: where a directory or a pattern is named, of the one model that is there."""
     path = Path(model)
     if path.is_dir():
         return _the_one(str(path), [p for p in path.iterdir() if p.suffix == ".gguf"], "directory")

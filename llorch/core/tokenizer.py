@@ -64,7 +64,7 @@ class Tokenizer:
         if kind not in MODELS:
             what = f"{_NOT_YET[kind]} vocabularies are" if kind in _NOT_YET else "this kind of vocabulary is"
             raise UnsupportedModelError(
-                f"{source.path}: tokenizer.ggml.model is {kind!r}: {what} not supported yet; "
+                f"{source.path}: tokenizer.ggml.model is {kind!r:.80}: {what} not supported yet; "
                 "supported: 'llama' (SentencePiece); use a model with such a vocabulary"
             )
         return cls(MODELS[kind](source))
