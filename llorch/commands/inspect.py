@@ -133,8 +133,11 @@ def _show(report: dict[str, Any]) -> None:
         out.print(f"llorch cannot serve it: {problem}", style="yellow")
     if report["hyperparameters"]:
         table = _table("hyperparameter", "value")
-        for name, value in report["hyperparameters"].items():
-            if name not in ("name", "architecture"):
+        flat = report["hyperparameters"] | {
+            f"rope_{k}": v for k, v in report["hyperparameters"]["rope_scaling"].items()
+        }
+        for name, value in flat.items():
+            if name not in ("name", "architecture", "rope_scaling"):
                 table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value))
         out.print(table)
     if tensors["count"]:

@@ -69,7 +69,8 @@ def _wrong(blocks: npt.NDArray[np.uint8], type_name: str) -> npt.NDArray[np.bool
         return _all_ones(words, _EXPONENT[type_name])[:, 0]
     if type_name == "IQ1_M":  # the scale's four nibbles are the highest of four words
         words = blocks[:, 48:].view("<u2")
-        return np.logical_and(_all_ones(words[:, 3], 0x7000), _all_ones(words[:, 2], 0xC000))
+        both: npt.NDArray[np.bool_] = _all_ones(words[:, 3], 0x7000) & _all_ones(words[:, 2], 0xC000)
+        return both
     if type_name == "MXFP4":
         large: npt.NDArray[np.bool_] = np.greater_equal(blocks[:, 0], _LARGE)
         large[large] = ~np.isfinite(_values(blocks[large], type_name)).all(axis=-1)

@@ -23,7 +23,7 @@ _LISTED = 20
 
 
 def open_model(model: str | os.PathLike[str]) -> GGUFFile:
-    """The model's file, all parts of a split one as one. Raises GGUFError, or another ModelError where there is none."""
+    """The model's file, all parts of a split one as one. Raises ModelError where there is none, or not a good one."""
     return _open(locate(model))
 
 
