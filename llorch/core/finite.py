@@ -63,7 +63,8 @@ def _wrong(blocks: npt.NDArray[np.uint8], type_name: str) -> npt.NDArray[np.bool
     if type_name in _SCALES:
         words = blocks.view("<u2")
         scales = words[:, [offset // 2 for offset in _SCALES[type_name]]]
-        return _all_ones(scales, _EXPONENT["F16"]).any(axis=1)
+        found: npt.NDArray[np.bool_] = np.logical_or.reduce(_all_ones(scales, _EXPONENT["F16"]), axis=1)
+        return found
     if type_name in _EXPONENT:
         words = blocks.view("<u4" if type_name == "F32" else "<u2")
         return _all_ones(words, _EXPONENT[type_name])[:, 0]
@@ -75,7 +76,8 @@ def _wrong(blocks: npt.NDArray[np.uint8], type_name: str) -> npt.NDArray[np.bool
         large: npt.NDArray[np.bool_] = np.greater_equal(blocks[:, 0], _LARGE)
         large[large] = ~np.isfinite(_values(blocks[large], type_name)).all(axis=-1)
         return large
-    return np.logical_not(np.isfinite(_values(blocks, type_name)).all(axis=-1))
+    finite: npt.NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(_values(blocks, type_name)), axis=-1)
+    return ~finite
 
 
 def _all_ones(words: npt.NDArray[Any], mask: int) -> npt.NDArray[np.bool_]:
