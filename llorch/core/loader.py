@@ -81,21 +81,12 @@ class _Pending:
         return HostWeight(self.info.name, self.info.shape, self.type, data, self.uses)
 
 
-def expected_weights(file: GGUFFile, config: ModelConfig, device: Device) -> list[HostWeight]:
-    """What `load_weights` will hand to the device, without data."""
-    return [
-        _Pending(file.tensors[spec.name], uses, _type_on(device, file.tensors[spec.name], uses)).expected
-        for spec, uses in _wanted(file, config)
-        if spec.use != "host"
-    ]
-
-
 def _upload(file: GGUFFile, pending: list[_Pending], device: Device, loaded: LoadedWeights, progress: Progress) -> None:
     total, done = sum(weight.nbytes for weight in pending), 0
     for wanted in pending:
         name = wanted.info.name
         progress(done / total, f"loading {name}")
-        weight = _host_weight(file, wanted)
+        weight = _converted(_host_weight(file, name, wanted.uses), wanted.type)
         handle = device.weight(weight)
         done += wanted.nbytes
         wanted.type = weight.type
@@ -169,15 +160,20 @@ def _host_values(file: GGUFFile, name: str) -> npt.NDArray[np.float32]:
     return values
 
 
-def _host_weight(file: GGUFFile, wanted: _Pending) -> HostWeight:
-    info, data, kind = wanted.info, _data(file, wanted.info.name), wanted.type
-    if kind != info.type:
-        values = dequantize(data, info.type, info.shape)
-        if kind == "F16" and np.abs(values).max(initial=0) >= np.finfo(np.float16).max:
-            kind = "F32"
-        dtype = np.float16 if kind == "F16" else np.float32
-        data = values.astype(dtype).reshape(-1).view(np.uint8)
-    return HostWeight(name=info.name, shape=info.shape, type=kind, data=data, uses=wanted.uses)
+def _host_weight(file: GGUFFile, name: str, uses: frozenset[Use]) -> HostWeight:
+    info = file.tensors[name]
+    return HostWeight(name=info.name, shape=info.shape, type=info.type, data=_data(file, name), uses=uses)
+
+
+def _converted(weight: HostWeight, kind: str) -> HostWeight:
+    """The same values as F16 (F32 where one is too large for it) or F32."""
+    if kind == weight.type:
+        return weight
+    values = dequantize(weight.data, weight.type, weight.shape)
+    if kind == "F16" and np.abs(values).max(initial=0) >= np.finfo(np.float16).max:
+        kind = "F32"
+    data = values.astype(np.float16 if kind == "F16" else np.float32).reshape(-1).view(np.uint8)
+    return HostWeight(name=weight.name, shape=weight.shape, type=kind, data=data, uses=weight.uses)
 
 
 def _type_on(device: Device, info: TensorInfo, uses: frozenset[Use]) -> str:
