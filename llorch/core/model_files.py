@@ -30,12 +30,20 @@ def open_model(model: str | os.PathLike[str]) -> GGUFFile:
 def locate(model: str | os.PathLike[str]) -> Path:
     """The path of a model's file: where a directory or a pattern is named, of the one model that is there."""
     path = Path(model)
-    if path.is_dir():
-        return _the_one(str(path), [p for p in path.iterdir() if p.suffix == ".gguf"], "directory")
-    if glob.has_magic(str(path)) and not path.exists():
+    # os.path answers where pathlib raises: behind a directory that may not be searched
+    if os.path.isdir(path):
+        return _the_one(str(path), _listed(path), "directory")
+    if glob.has_magic(str(path)) and not os.path.exists(path):
         found = [Path(p) for p in glob.glob(str(path), recursive=True)]
-        return _the_one(str(path), [p for p in found if p.is_file()], "pattern")
+        return _the_one(str(path), [p for p in found if os.path.isfile(p)], "pattern")
     return path
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.suffix == ".gguf"]
+    except OSError as error:
+        raise ModelError(f"{folder}: the directory cannot be read ({error.strerror}); name the model's file") from error
 
 
 def _the_one(place: str, paths: Sequence[Path], kind: str) -> Path:

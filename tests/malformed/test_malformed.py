@@ -7,6 +7,8 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,14 @@ Found = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found() -> Iterator[Found]:
     """What became of each case, in a process of its own."""
-    folder = tmp_path_factory.mktemp("malformed")
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(0o755)  # the cases are opened as nobody
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)  # not pytest's own folder: the cases are opened as nobody
+        yield _run(Path(name))
+
+
+def _run(folder: Path) -> Found:
     command = [sys.executable, "-m", "tests.malformed.run", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -259,3 +259,16 @@ def test_choices_take_a_split_model_once(tmp_path) -> None:
     ]
     found = choices([tmp_path / name for name in names])
     assert [path.name for path in found] == ["b-00001-of-00002.gguf", "b-00001-of-00003.gguf", "c.gguf"]
+
+
+@pytest.mark.parametrize("name", ["locked", "locked/model.gguf", "locked/*.gguf"])
+def test_a_directory_that_may_not_be_read_is_an_error(tmp_path, monkeypatch, name) -> None:
+    (tmp_path / "locked").mkdir()
+
+    def refuse(*_args: Any, **_kwargs: Any) -> None:  # root may read everything, so chmod proves nothing
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(ModelError, match=r"Permission denied|permission denied|holds no \.gguf model"):
+        load(tmp_path / name)
