@@ -93,9 +93,9 @@ def main(argv: Sequence[str]) -> int:
 def _context(settings: BenchSettings) -> int:
     """The context that the tests need. Raises SettingsError where the model or --context has less."""
     from llorch.core.config import ModelConfig
-    from llorch.core.gguf import GGUFFile
+    from llorch.core.model_files import open_model
 
-    with GGUFFile.open(settings.model) as file:
+    with open_model(settings.model) as file:
         longest = ModelConfig.from_gguf(file).context_length
     limit, what = (settings.context, "--context") if settings.context else (longest, "the model's context")
     for option, tokens in (("-p", settings.n_prompt), ("-n", settings.n_gen)):

@@ -33,9 +33,9 @@ class InspectSettings(ReportSettings):
 
 def main(argv: Sequence[str]) -> int:
     settings = parse(InspectSettings, argv, "llorch inspect")
-    from llorch.core.gguf import GGUFFile
+    from llorch.core.model_files import open_model
 
-    with GGUFFile.open(settings.model) as file:
+    with open_model(settings.model) as file:
         report = _report(file)
     if settings.as_json:
         print(json.dumps(report, indent=2))
@@ -65,7 +65,7 @@ def _report(file: GGUFFile) -> dict[str, Any]:
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     return {
         "file": str(file.path),
-        "bytes": file.path.stat().st_size,
+        "bytes": file.nbytes,
         "gguf_version": file.version,
         "name": _text(file, "general.name"),
         "architecture": _text(file, "general.architecture"),
@@ -133,8 +133,11 @@ def _show(report: dict[str, Any]) -> None:
         out.print(f"llorch cannot serve it: {problem}", style="yellow")
     if report["hyperparameters"]:
         table = _table("hyperparameter", "value")
-        for name, value in report["hyperparameters"].items():
-            if name not in ("name", "architecture"):
+        flat = report["hyperparameters"] | {
+            f"rope_{k}": v for k, v in report["hyperparameters"]["rope_scaling"].items()
+        }
+        for name, value in flat.items():
+            if name not in ("name", "architecture", "rope_scaling"):
                 table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value))
         out.print(table)
     if tensors["count"]:

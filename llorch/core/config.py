@@ -122,7 +122,7 @@ def _read(file: GGUFFile) -> ModelConfig:
         context_length=context_length,
         rms_eps=read.number("attention.layer_norm_rms_epsilon"),
         rope_dim=rope_dim,
-        rope_base=read.number("rope.freq_base", 10000.0),
+        rope_base=read.number("rope.freq_base", 10000.0, low=1.0),
         rope_scaling=_rope_scaling(file, read, context_length),
         window=_window(file, read),
         attention_scale=read.number("attention.scale", head_dim**-0.5),
@@ -131,19 +131,24 @@ def _read(file: GGUFFile) -> ModelConfig:
 
 
 def _check_heads(file: GGUFFile, read: _Reader, dim: int, n_heads: int, n_kv_heads: int, head_dim: int) -> None:
-    if "attention.key_length" not in {k.removeprefix(read.architecture + ".") for k in file.metadata} and dim % n_heads:
-        raise GGUFError(f"{file.path}: embedding_length {dim} is not a multiple of attention.head_count {n_heads}")
+    if f"{read.architecture}.attention.key_length" not in file.metadata and dim % n_heads:
+        raise GGUFError(
+            f"{read.where('embedding_length')} is {dim}, which is not a multiple of attention.head_count {n_heads}; "
+            f"{RECONVERT}"
+        )
     if n_heads % n_kv_heads:
         raise GGUFError(
-            f"{file.path}: attention.head_count {n_heads} is not a multiple of attention.head_count_kv {n_kv_heads}"
+            f"{read.where('attention.head_count')} is {n_heads}, which is not a multiple of attention.head_count_kv "
+            f"{n_kv_heads}; {RECONVERT}"
         )
     value_dim = read.integer("attention.value_length", head_dim)
     if value_dim != head_dim:
         raise UnsupportedModelError(
-            f"{file.path}: attention.value_length {value_dim} and key_length {head_dim} differ: not supported"
+            f"{read.where('attention.value_length')} is {value_dim}, key_length is {head_dim}: only equal ones are "
+            "supported"
         )
-    if read.integer("expert_count", 0, low=0):
-        raise UnsupportedModelError(f"{file.path}: a mixture of experts (expert_count > 0) is not supported")
+    if experts := read.integer("expert_count", 0, low=0):
+        raise UnsupportedModelError(f"{read.where('expert_count')}: a mixture of {experts} experts is not supported")
 
 
 def _vocab_size(file: GGUFFile, read: _Reader) -> int:

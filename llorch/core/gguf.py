@@ -78,6 +78,7 @@ class GGUFFile:
         """Use `GGUFFile.open`. Raises GGUFError for anything but a whole, well-formed file."""
         self.path = path
         self._map: mmap.mmap | None = data
+        self._size = len(data)
         cursor = _Cursor(path, data)
         self.version, tensor_count, key_count = _read_preamble(cursor)
         self.metadata, self._offsets = _read_metadata(cursor, key_count)
@@ -113,10 +114,24 @@ class GGUFFile:
             raise GGUFError(f"{self.path}: {self.where(key)} is {describe(value)}, expected {_KINDS[kind]}; {_REFETCH}")
         return value
 
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor: one of several where the model is split."""
+        return self.path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file, of all its parts where it is split."""
+        return self._size
+
     def where(self, key: str) -> str:
         """A metadata field as messages name it: its key, and its offset where it has one."""
         at = f" at offset {self._offsets[key]}" if key in self._offsets else ""
         return f"metadata field {key}{at}"
+
+    def begin(self, key: str) -> str:
+        """How a message about a field's value begins: the file, the offset and the key."""
+        at = f"at offset {self._offsets[key]}: " if key in self._offsets else ""
+        return f"{self.path}: {at}{key}"
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """The raw blocks of a tensor, uint8 [nbytes]: a read-only view on the map, no copy."""
@@ -162,7 +177,7 @@ _KINDS = {
 def describe(value: Any) -> str:
     """A value of the metadata, fit for a message."""
     if isinstance(value, str):
-        return f"the string '{_shown(value)}'"
+        return f"the string '{shown(value)}'"
     if isinstance(value, np.ndarray):
         return f"an array of {len(value)} {value.dtype} numbers"
     if isinstance(value, list):
@@ -170,7 +185,7 @@ def describe(value: Any) -> str:
     return f"the {type(value).__name__} {value}"
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Text from the file, fit for a message: control characters escaped, not too long."""
     return repr(text if len(text) <= 80 else text[:77] + "...")[1:-1]
 
@@ -345,7 +360,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> tuple[dict[str, Any], dict[st
             cursor.fail(
                 f"metadata field {index} of {count}", at, f"key of {length} bytes, expected 1 to {MAX_KEY_BYTES}"
             )
-        field = f"metadata field {_shown(key)}"
+        field = f"metadata field {shown(key)}"
         if key in metadata:
             cursor.fail(field, at, f"the same key has a value at offset {offsets[key]} already")
         kind = cursor.integer(field, _U32)
@@ -364,14 +379,14 @@ def _read_tensor_infos(cursor: _Cursor, count: int) -> dict[int, TensorInfo]:
         if not name:
             cursor.fail(f"tensor {index} of {count}", at, "name of 0 bytes, expected at least 1")
         if name in seen:
-            cursor.fail(f"tensor {_shown(name)}", at, f"the same name stands at offset {seen[name]} already")
+            cursor.fail(f"tensor {shown(name)}", at, f"the same name stands at offset {seen[name]} already")
         seen[name] = at
         infos[at] = _read_tensor_info(cursor, name)
     return infos
 
 
 def _read_tensor_info(cursor: _Cursor, name: str) -> TensorInfo:
-    field, at = f"tensor {_shown(name)}", cursor.pos
+    field, at = f"tensor {shown(name)}", cursor.pos
     n_dims = cursor.integer(field, _U32)
     if not 1 <= n_dims <= MAX_DIMS:
         cursor.fail(field, at, f"{n_dims} dimensions, expected 1 to {MAX_DIMS}")
@@ -398,7 +413,7 @@ def _place(cursor: _Cursor, infos: dict[int, TensorInfo], alignment: int) -> dic
     size = len(cursor.data)
     tensors: dict[str, TensorInfo] = {}
     for at, info in infos.items():
-        field = f"tensor {_shown(info.name)}"
+        field = f"tensor {shown(info.name)}"
         if info.offset % alignment:
             cursor.fail(field, at, f"data offset {info.offset} is not a multiple of the alignment {alignment}")
         begin = start + info.offset
@@ -408,8 +423,8 @@ def _place(cursor: _Cursor, infos: dict[int, TensorInfo], alignment: int) -> dic
     for one, two in pairwise(sorted(tensors.values(), key=lambda info: info.offset)):
         if one.offset + one.nbytes > two.offset:
             cursor.fail(
-                f"tensor {_shown(two.name)}",
+                f"tensor {shown(two.name)}",
                 two.offset,
-                f"data starts at byte {two.offset}, tensor {_shown(one.name)} ends at {one.offset + one.nbytes}",
+                f"data starts at byte {two.offset}, tensor {shown(one.name)} ends at {one.offset + one.nbytes}",
             )
     return tensors

@@ -17,6 +17,7 @@ from llorch.core.config import ModelConfig
 from llorch.core.engine import Engine
 from llorch.core.gguf import GGUFFile
 from llorch.core.loader import load_weights
+from llorch.core.model_files import open_model
 from llorch.core.plan import Limits
 from llorch.core.requests import Ended, Event, Failed, Request, SamplingParams, Token
 from llorch.core.runner import Runner
@@ -42,21 +43,22 @@ def load(
 ) -> LLM:
     """Loads a GGUF model on a provider's device.
 
+    `model`: a file (any part of a split one), or a directory or pattern that holds one model.
     `context`: tokens of one sequence, the model's own by default. `cache_type`: "f32" or "f16", the provider's default
     where None. `parallel`: sequences that run together. `chunk`: most tokens of one step. `progress` gets a fraction
     and what is being done. Raises ModelError, ProviderError or SettingsError.
     """
     start = time.perf_counter()
     chosen, why = registry.choose(provider)
-    file = GGUFFile.open(Path(model))
+    file = open_model(model)
     opened: Device | None = None
     try:
         config = ModelConfig.from_gguf(file)
         tokenizer = Tokenizer.from_gguf(file)
         if tokenizer.vocab_size != config.vocab_size:
             raise TokenizerError(
-                f"{file.path}: the vocabulary has {tokenizer.vocab_size} tokens, token_embd.weight {config.vocab_size} "
-                "rows; convert the model again with a current converter"
+                f"{file.begin('tokenizer.ggml.tokens')} has {tokenizer.vocab_size} tokens, token_embd.weight "
+                f"{config.vocab_size} rows; convert the model again with a current converter"
             )
         limits = _limits(config, context, parallel, chunk)
         opened = chosen.open(device, DeviceOptions(threads=threads))

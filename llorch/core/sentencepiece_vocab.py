@@ -63,10 +63,12 @@ def _scores(file: GGUFFile, size: int) -> list[float]:
             f"{RECONVERT}"
         )
     if not np.issubdtype(values.dtype, np.floating):
-        raise TokenizerError(f"{file.path}: tokenizer.ggml.scores holds {values.dtype}, expected float32; {RECONVERT}")
+        raise TokenizerError(
+            f"{file.begin('tokenizer.ggml.scores')} holds {values.dtype}, expected float32; {RECONVERT}"
+        )
     if (wrong := np.isnan(values)).any():
         index = int(wrong.argmax())
-        raise TokenizerError(f"{file.path}: tokenizer.ggml.scores[{index}] is NaN, expected a number; {RECONVERT}")
+        raise TokenizerError(f"{file.begin('tokenizer.ggml.scores')}[{index}] is NaN, expected a number; {RECONVERT}")
     scores: list[float] = values.tolist()
     return scores
 
@@ -79,7 +81,7 @@ def _byte_tokens(vocabulary: Vocabulary) -> dict[int, int]:
         match = _BYTE_TEXT.fullmatch(vocabulary.texts[i])
         if match is None:
             raise TokenizerError(
-                f"{vocabulary.source}: tokenizer.ggml.tokens[{i}] is the byte token {vocabulary.texts[i]!r:.40}, "
+                f"{vocabulary.source}[{i}] is the byte token {vocabulary.texts[i]!r:.40}, "
                 f"expected <0x00> to <0xFF>; {RECONVERT}"
             )
         tokens[int(match[1], 16)] = i

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, Protocol
 
 from llorch.core.gguf import GGUFFile
+from llorch.core.model_files import open_model
 from llorch.core.sentencepiece_vocab import SentencePieceModel
 from llorch.core.vocabulary import TokenType, Vocabulary
 from llorch.errors import InvalidRequestError, TokenizerError, UnsupportedModelError
@@ -55,7 +56,7 @@ class Tokenizer:
         Raises GGUFError, TokenizerError for a vocabulary that cannot be used, UnsupportedModelError for another kind.
         """
         if not isinstance(source, GGUFFile):
-            with GGUFFile.open(source) as file:
+            with open_model(source) as file:
                 return cls.from_gguf(file)
         kind = source.get("tokenizer.ggml.model", str, None)
         if kind is None:
@@ -63,7 +64,7 @@ class Tokenizer:
         if kind not in MODELS:
             what = f"{_NOT_YET[kind]} vocabularies are" if kind in _NOT_YET else "this kind of vocabulary is"
             raise UnsupportedModelError(
-                f"{source.path}: tokenizer.ggml.model is {kind!r}: {what} not supported yet; "
+                f"{source.path}: tokenizer.ggml.model is {kind!r:.80}: {what} not supported yet; "
                 "supported: 'llama' (SentencePiece); use a model with such a vocabulary"
             )
         return cls(MODELS[kind](source))

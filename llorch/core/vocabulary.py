@@ -58,7 +58,7 @@ class Defaults:
 class Vocabulary:
     """Token texts and types by id, the ids with a role, and whether encoding adds BOS and EOS."""
 
-    source: str  # the file, for messages
+    source: str  # the file and the field of the texts, for messages
     texts: list[str]
     types: list[int]
     bos_id: int | None
@@ -74,7 +74,7 @@ class Vocabulary:
         texts = file.get("tokenizer.ggml.tokens", list, None)
         if not texts:
             state = "is missing" if texts is None else "has 0 tokens"
-            raise TokenizerError(f"{file.path}: tokenizer.ggml.tokens {state}; use a GGUF file with a vocabulary")
+            raise TokenizerError(f"{file.begin('tokenizer.ggml.tokens')} {state}; use a GGUF file with a vocabulary")
         size = len(texts)
         bos_id = _special_id(file, "bos", size, defaults.bos_id)
         eos_id = _special_id(file, "eos", size, defaults.eos_id)
@@ -82,7 +82,7 @@ class Vocabulary:
         named = {eos_id, _special_id(file, "eot", size), _special_id(file, "eom", size)} - {None}
         ending = _ending_ids(texts)
         return cls(
-            source=str(file.path),
+            source=file.begin("tokenizer.ggml.tokens"),
             texts=texts,
             types=_types(file, size, ending, named | {bos_id}, unk_id),
             bos_id=bos_id,
@@ -100,7 +100,7 @@ def token_array(file: GGUFFile, name: str, size: int) -> npt.NDArray[Any] | None
     values = file.get(key, np.ndarray, None)
     if values is not None and len(values) != size:
         raise TokenizerError(
-            f"{file.path}: {key} has {len(values)} entries, tokenizer.ggml.tokens has {size}; {RECONVERT}"
+            f"{file.begin(key)} has {len(values)} entries, tokenizer.ggml.tokens has {size}; {RECONVERT}"
         )
     return values
 
@@ -111,7 +111,7 @@ def _special_id(file: GGUFFile, role: str, size: int, default: int | None = None
     if token is None:
         return default if default is not None and default < size else None
     if not 0 <= token < size:
-        raise TokenizerError(f"{file.path}: {key} is {token}, the vocabulary has {size} tokens; {RECONVERT}")
+        raise TokenizerError(f"{file.begin(key)} is {token}, the vocabulary has {size} tokens; {RECONVERT}")
     return token
 
 
@@ -131,7 +131,7 @@ def _types(file: GGUFFile, size: int, ending: set[int], named: set[int | None], 
     for index, kind in enumerate(types):
         if kind not in known:
             raise TokenizerError(
-                f"{file.path}: tokenizer.ggml.token_type[{index}] is {kind}, expected 1 to 6; {RECONVERT}"
+                f"{file.begin('tokenizer.ggml.token_type')}[{index}] is {kind}, expected 1 to 6; {RECONVERT}"
             )
     if values is None and unk_id is not None:
         types[unk_id] = TokenType.UNKNOWN
@@ -146,7 +146,7 @@ def _adds(file: GGUFFile, role: str, default: bool, token: int | None) -> bool:
     adds = file.get(key, bool, default)
     if adds and token is None:
         raise TokenizerError(
-            f"{file.path}: {key} is true, but the vocabulary has no {role.upper()} token; "
+            f"{file.begin(key)} is true, but the vocabulary has no {role.upper()} token; "
             f"set tokenizer.ggml.{role}_token_id with gguf-set-metadata"
         )
     return adds

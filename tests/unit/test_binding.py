@@ -198,7 +198,7 @@ def test_a_weight_type_that_the_device_does_not_take_is_converted_and_reported(l
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "choose", lambda _name: (chosen, "a test chose it"))
         with llorch.load(path, provider="acme", context=64) as converted:
-            assert any("were converted, +" in line for line in converted.start_lines)
+            assert any("from Q8_0 to F16 (+" in line for line in converted.start_lines)
             found = converted.logits([1, 300, 301])
     np.testing.assert_allclose(found, expected, atol=0.05)
 

@@ -1,0 +1,1 @@
+"""The generator of malformed files: each is distinct, and says what must be said of it."""
