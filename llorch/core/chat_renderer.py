@@ -38,8 +38,10 @@ class Renderer:
 
     def close(self) -> None:
         """Ends the process; nothing can be rendered afterwards."""
+        self._closed = True
+        if (process := self._process) is not None:
+            process.kill()  # before its turn comes: whoever has it may be in an endless template
         with self._lock:
-            self._closed = True
             self._end()
 
     def _ask(self, request: dict[str, Any]) -> str:

@@ -117,6 +117,7 @@ class LLM:
         self.tokenizer, self.chat = tokenizer, chat
         self.start_lines, self.load_seconds = start_lines, load_seconds
         self.config, self.limits = bound.config, bound.limits
+        self.loaded_at = int(time.time())  # seconds since the epoch
         self.model_ref, self.quant_kind = str(file.path), bound.config.quant_kind
         self.provider_name, self.batch_invariant = bound.provider.name, bound.provider.batch_invariant
         self._file, self._bound = file, bound

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -105,11 +106,11 @@ class Worker:
         self._idle.clear()
         return job
 
-    async def queue(self, jobs: Sequence[Job], submit: Callable[[], Found]) -> Found:
+    async def queue(self, jobs: Sequence[Job], submit: Callable[[], Found], pool: Executor | None = None) -> Found:
         """Runs `submit`, which hands the jobs to the engine, on a thread. All of them are in the queue or none is."""
         try:
             # neither a long prompt's tokenizing nor the engine's lock may hold up the event loop
-            found = await asyncio.to_thread(submit)
+            found = await asyncio.get_running_loop().run_in_executor(pool, submit)
             for job in jobs:
                 if job.failure is not None:  # cancelled, or the worker shut down, before the engine knew of it
                     raise job.failure
