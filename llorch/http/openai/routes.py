@@ -117,7 +117,7 @@ async def models(completions: Completions) -> Response[dict[str, Any]]:
     operation_id="model",
     tags=["openai"],
     summary="The model by its id",
-    responses={200: spec(Model, "The model."), 404: NO_MODEL, 503: UNAVAILABLE},
+    responses={200: spec(Model, "The model."), 400: INVALID, 404: NO_MODEL, 503: UNAVAILABLE},
 )
 async def model(model_id: str, completions: Completions) -> Response[dict[str, Any]]:
     return Response(completions.model(model_id.removeprefix("/")))
