@@ -13,6 +13,7 @@
     │   └── DeviceMemoryError         the device is out of memory
     ├── RequestError                  one request cannot be served; others are not touched
     │   ├── InvalidRequestError       its fields are wrong
+    │   │   └── ChatTemplateError     its messages cannot be rendered with the model's chat template
     │   ├── ContextOverflowError      its prompt leaves the context no room
     │   ├── JobExistsError            a job of that id is waiting or running
     │   ├── QueueFullError            too many requests wait
@@ -84,6 +85,10 @@ class RequestError(LlorchError):
 
 
 class InvalidRequestError(RequestError):
+    pass
+
+
+class ChatTemplateError(InvalidRequestError):
     pass
 
 

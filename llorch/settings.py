@@ -103,6 +103,17 @@ class ModelSettings(CommandSettings):
         return {name: getattr(self, name) for name in names}
 
 
+class ChatModelSettings(ModelSettings):
+    """What every command takes that loads a model to talk with it."""
+
+    chat_template: str | None = Field(
+        None, description="jinja2 file, or the name of one of the model's templates, instead of its default"
+    )
+
+    def load_options(self) -> dict[str, Any]:
+        return super().load_options() | {"chat_template": self.chat_template}
+
+
 Settings = TypeVar("Settings", bound=CommandSettings)
 
 
@@ -144,7 +155,9 @@ class _Parser(argparse.ArgumentParser):
         )
         # a command's own options come first, those it shares with others below
         model, general = self.add_argument_group("model options"), self.add_argument_group("general options")
-        self._groups = dict.fromkeys(_fields(ModelSettings), model) | dict.fromkeys(_fields(ReportSettings), general)
+        self._groups = dict.fromkeys(_fields(ChatModelSettings), model) | dict.fromkeys(
+            _fields(ReportSettings), general
+        )
 
     def add_setting(self, *names: str, **kwargs: Any) -> argparse.Action:
         positional = not names[0].startswith("-")

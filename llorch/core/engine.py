@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from llorch.core.bound import BoundModel
 from llorch.core.detokenizer import IncrementalDetokenizer
-from llorch.core.requests import Ended, Event, Failed, Request, Started, StopReason, Token
+from llorch.core.requests import Ended, Event, Failed, Request, Started, StopReason, Token, TokenLogprobs
 from llorch.core.runner import Chunk
-from llorch.core.sampling import Sampler
+from llorch.core.sampling import Sampler, token_logprobs
 from llorch.core.tokenizer import Tokenizer
 from llorch.errors import (
     CancelledError,
@@ -57,12 +57,18 @@ class Job:
     blocks: list[int] = field(default_factory=list)
     events: int = 0  # Token events given, and the tokens behind them
     tokens_shown: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of tokens that no event has shown yet
     first_token: float = 0.0
     cancel_with: LlorchError | None = None
 
     @property
     def pending(self) -> int:
         return len(self.tokens) - self.computed
+
+    @property
+    def candidates(self) -> int | None:
+        """How many of the largest logits its next token needs; None: the whole row."""
+        return self.sampler.candidates if self.request.logprobs is None else None
 
     @property
     def tokens_out(self) -> int:
@@ -223,11 +229,13 @@ class Engine:
             except LlorchError as error:  # NaN logits and the like are this job's alone
                 self._end(job, Failed(error))
                 continue
+            if job.request.logprobs is not None:
+                job.logprobs.append(token_logprobs(logits[row], token, job.request.logprobs))
             self._take(job, token)
 
     def _candidates(self, wanted: list[Job]) -> int:
         """The smallest k of the device's that is exact for every job of the step; 0: whole rows are needed."""
-        needs = [job.sampler.candidates for job in wanted]
+        needs = [job.candidates for job in wanted]
         known = [need for need in needs if need is not None]
         if not needs or len(known) < len(needs):
             return 0
@@ -237,6 +245,7 @@ class Engine:
         """One sampled token: into the text, and perhaps the end."""
         now = time.monotonic()
         if token in self._tokenizer.eog_ids and not job.request.ignore_eos:
+            del job.logprobs[-1:]  # it is no token of the output
             self._finish(job, StopReason.EOS, now)
             return
         job.first_token = job.first_token or now
@@ -257,11 +266,13 @@ class Engine:
             reason = StopReason.STOP_SEQUENCE
         seconds = now - job.first_token if job.first_token else 0.0
         output = tuple(job.tokens[len(job.request.prompt) :])
-        self._end(job, Ended(reason, len(output), seconds, stopped, output))
+        unseen = () if stopped is not None else tuple(job.logprobs)
+        self._end(job, Ended(reason, len(output), seconds, stopped, output, unseen))
 
     def _emit_text(self, job: Job, text: str) -> None:
         if text:
-            self._emit(job, Token(text, job.events, job.tokens_out - job.tokens_shown))
+            self._emit(job, Token(text, job.events, job.tokens_out - job.tokens_shown, tuple(job.logprobs)))
+            job.logprobs.clear()
             job.events += 1
             job.tokens_shown = job.tokens_out
 

@@ -53,6 +53,11 @@ class EngineThread:
     def ready(self) -> bool:
         return self._engine is not None and self.health() is None
 
+    @property
+    def capacity(self) -> int:
+        """How many requests can run and wait at once."""
+        return self._max_queue + (0 if self.llm is None else self.llm.limits.max_sequences)
+
     def submit(self, request: Request, emit: Emit) -> None:
         """As Engine.submit; raises EngineUnavailableError while loading, stopping or dead."""
         if self._stopping.is_set():

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from llorch.core.bound import BoundModel
 from llorch.core.cache import BlockAllocator
+from llorch.core.chat import Chat
 from llorch.core.config import ModelConfig
 from llorch.core.engine import Engine
 from llorch.core.gguf import GGUFFile
@@ -39,19 +40,22 @@ def load(
     parallel: int = 8,
     chunk: int = 512,
     threads: int | None = None,
+    chat_template: str | Path | None = None,
     progress: Callable[[float, str], None] = lambda _fraction, _text: None,
 ) -> LLM:
     """Loads a GGUF model on a provider's device.
 
     `model`: a file (any part of a split one), or a directory or pattern that holds one model.
     `context`: tokens of one sequence, the model's own by default. `cache_type`: "f32" or "f16", the provider's default
-    where None. `parallel`: sequences that run together. `chunk`: most tokens of one step. `progress` gets a fraction
-    and what is being done. Raises ModelError, ProviderError or SettingsError.
+    where None. `parallel`: sequences that run together. `chunk`: most tokens of one step. `chat_template`: a
+    file, or the name of one of the model's templates, instead of the model's default. `progress` gets a fraction and
+    what is being done. Raises ModelError, ProviderError or SettingsError.
     """
     start = time.perf_counter()
     chosen, why = registry.choose(provider)
     file = open_model(model)
     opened: Device | None = None
+    chat: Chat | None = None
     try:
         config = ModelConfig.from_gguf(file)
         tokenizer = Tokenizer.from_gguf(file)
@@ -61,10 +65,13 @@ def load(
                 f"{config.vocab_size} rows; convert the model again with a current converter"
             )
         limits = _limits(config, context, parallel, chunk)
+        chat = Chat.from_gguf(file, tokenizer, chat_template)
         opened = chosen.open(device, DeviceOptions(threads=threads))
         weights = load_weights(file, config, opened, progress)
         bound = BoundModel(config, chosen, opened, weights, limits, cache_type)
     except BaseException:
+        if chat is not None:
+            chat.close()
         if opened is not None:
             opened.close()
         file.close()
@@ -75,7 +82,7 @@ def load(
         f"{chosen.name}: {bound.counts}",
         *weights.notes,
     ]
-    return LLM(file, tokenizer, bound, start_lines, time.perf_counter() - start)
+    return LLM(file, tokenizer, chat, bound, start_lines, time.perf_counter() - start)
 
 
 def _limits(config: ModelConfig, context: int | None, parallel: int, chunk: int) -> Limits:
@@ -101,10 +108,18 @@ class LLM:
     """
 
     def __init__(
-        self, file: GGUFFile, tokenizer: Tokenizer, bound: BoundModel, start_lines: list[str], load_seconds: float
+        self,
+        file: GGUFFile,
+        tokenizer: Tokenizer,
+        chat: Chat,
+        bound: BoundModel,
+        start_lines: list[str],
+        load_seconds: float,
     ) -> None:
-        self.tokenizer, self.start_lines, self.load_seconds = tokenizer, start_lines, load_seconds
+        self.tokenizer, self.chat = tokenizer, chat
+        self.start_lines, self.load_seconds = start_lines, load_seconds
         self.config, self.limits = bound.config, bound.limits
+        self.loaded_at = int(time.time())  # seconds since the epoch
         self.model_ref, self.quant_kind = str(file.path), bound.config.quant_kind
         self.provider_name, self.batch_invariant = bound.provider.name, bound.provider.batch_invariant
         self._file, self._bound = file, bound
@@ -265,6 +280,7 @@ class LLM:
         with self._bound.turn:
             if not self._closed:
                 self._closed = True
+                self.chat.close()
                 self._bound.device.close()
                 self._file.close()
 

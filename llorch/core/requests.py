@@ -20,6 +20,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     penalty_window: int = 64
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids and what is added to their logits, before all else
     seed: int | None = None  # None: drawn, and reported in Started
 
     @property
@@ -41,12 +42,23 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None  # None: off; else how many of the most likely tokens are reported at each position
 
 
 class StopReason(StrEnum):
     MAX_TOKENS = "MAX_TOKENS"
     EOS = "EOS"
     STOP_SEQUENCE = "STOP_SEQUENCE"
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position of the output: the natural logarithms of softmax(logits), as the model gives
+    them, before any bias, penalty, filter or temperature."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most likely tokens, most likely first
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class Token:
     text: str
     index: int
     tokens: int = 1  # how many tokens it took: more where a character was split, or what follows was held back
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of these tokens, where the request asks for them
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,7 @@ class Ended:
     decode_seconds: float  # from the first token to the last
     stop_sequence: str | None = None
     tokens: tuple[int, ...] = ()  # the ids of all tokens_out
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of tokens behind the last Token event, but for those of a stop string
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """How the next token is chosen, in llama.cpp's order and semantics.
 
-penalties -> top-k -> top-p -> min-p -> temperature -> draw. Each step is a function of a row of logits; those that drop
-tokens return the indices that stay. `Sampler` is one request's chain of them, with a generator of its own: a token
-depends on the seed, the tokens so far and the logits, and on nothing that runs beside it.
+logit bias -> penalties -> top-k -> top-p -> min-p -> temperature -> draw. Each step is a function of a row of logits;
+those that drop tokens return the indices that stay. `Sampler` is one request's chain of them, with a generator of its
+own: a token depends on the seed, the tokens so far and the logits, and on nothing that runs beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from llorch.core.requests import SamplingParams
+from llorch.core.requests import SamplingParams, TokenLogprobs
 from llorch.errors import EngineError, InvalidRequestError
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -100,6 +100,16 @@ def draw(logits: Floats, temperature: float, uniform: float) -> int:
     return _crossing(probabilities, uniform * float(probabilities.sum(dtype=np.float64)), "right")
 
 
+def token_logprobs(logits: Floats, token: int, count: int) -> TokenLogprobs:
+    """The natural log of softmax(logits [n]) for one token, and for the `count` most likely ones."""
+    shift = float(logits.max())
+    total = math.log(np.exp(logits - np.float32(shift)).sum(dtype=np.float64)) + shift
+    best = top_k(logits, count) if count else np.arange(0)
+    return TokenLogprobs(
+        token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in best[:count])
+    )
+
+
 def _weights(logits: Floats, temperature: float = 1.0) -> Floats:
     """Probabilities up to a factor; the largest is 1."""
     with np.errstate(over="ignore"):  # a logit masked with the smallest float: -inf is as good
@@ -151,7 +161,9 @@ class Sampler:
     """Chooses one request's tokens. `seed` is the one in use, drawn from the operating system where none was given."""
 
     def __init__(self, params: SamplingParams, vocab_size: int) -> None:
-        """Raises InvalidRequestError for a negative seed."""
+        """Raises InvalidRequestError for a negative seed, or a bias of a token outside the vocabulary."""
+        if strange := [token for token, _ in params.logit_bias if not 0 <= token < vocab_size]:
+            raise InvalidRequestError(f"logit_bias names token {strange[0]}, the vocabulary has {vocab_size}")
         if params.seed is not None and params.seed < 0:
             raise InvalidRequestError(f"seed is {params.seed}: it must be 0 or more")
         # 53 bits: a client that reads JSON numbers as doubles can send the seed back unchanged
@@ -161,7 +173,9 @@ class Sampler:
         self._recent: deque[int] = deque()  # the last penalty_window tokens
         self._counts: Counter[int] = Counter()  # how often each of them occurs there
         self._top_k = params.top_k if 0 < params.top_k < vocab_size else None
-        self._needed = None if params.penalised else 1 if params.greedy else self._top_k
+        self._biased = np.array([token for token, _ in params.logit_bias], np.intp)
+        self._bias = np.array([bias for _, bias in params.logit_bias], np.float32)
+        self._needed = None if params.penalised or params.logit_bias else 1 if params.greedy else self._top_k
         self._filters: list[Callable[[Floats], Indices]] = []
         if params.top_p < 1:
             self._filters.append(partial(top_p, p=params.top_p))
@@ -194,6 +208,9 @@ class Sampler:
         """
         if logits.shape != (self._vocab_size,):
             raise EngineError(f"logits of shape {logits.shape} for a vocabulary of {self._vocab_size}")
+        if len(self._biased):
+            logits = logits.copy()
+            logits[self._biased] += self._bias
         if self._counts:
             logits = self._penalised(logits)
         _check(logits)

@@ -48,6 +48,9 @@ class Tokenizer:
         self.eog_ids = vocabulary.eog_ids
         self._special = _matchers(vocabulary, {TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED})
         self._user_defined = _matchers(vocabulary, {TokenType.USER_DEFINED})
+        # a guard breaks a text in two, which one character cannot be
+        self.control_texts = {text for text in self._special.keys() - self._user_defined.keys() if len(text) > 1}
+        self._guarded = {t: i for t, i in self._special.items() if t in self.control_texts or t in self._user_defined}
 
     @classmethod
     def from_gguf(cls, source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
@@ -69,18 +72,26 @@ class Tokenizer:
             )
         return cls(MODELS[kind](source))
 
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, add_special: bool = True, parse_special: bool = False, guard: str | None = None
+    ) -> list[int]:
         """Token ids of a text.
 
         `add_special` adds BOS and EOS where the vocabulary asks for them. `parse_special` lets texts of control tokens
         (`<s>`, `<|im_end|>`) become those tokens: for rendered templates, never for a user's words. User-defined tokens
-        always match. Raises InvalidRequestError for a lone surrogate, which no bytes stand for.
+        always match. `guard` is a character that stands for nothing: where it breaks the text of a control token, that
+        does not match, and it is taken out before the rest is read (control tokens of one character, which cannot be
+        broken, do not match at all). Raises InvalidRequestError for a lone surrogate, which no bytes stand for.
         """
         _check_unicode(text)
         vocabulary = self._vocabulary
         ids = [vocabulary.bos_id] if add_special and vocabulary.bos_id is not None and vocabulary.add_bos else []
         after_special = True
-        for part in _split(text, self._special if parse_special else self._user_defined):
+        special = self._special if guard is None else self._guarded
+        parts = _split(text, special if parse_special else self._user_defined)
+        if guard is not None:
+            parts = [piece for part in parts for piece in self._without(guard, part)]
+        for part in parts:
             if isinstance(part, int):
                 ids.append(part)
             else:
@@ -89,6 +100,28 @@ class Tokenizer:
         if add_special and vocabulary.eos_id is not None and vocabulary.add_eos:
             ids.append(vocabulary.eos_id)
         return ids
+
+    def encode_prompt(self, text: str, guard: str | None = None) -> list[int]:
+        """Token ids of a rendered prompt, which the model is to continue: control tokens match, no EOS is added.
+
+        BOS is added where the vocabulary asks for it and the text does not begin with it. Raises as `encode` does.
+        """
+        ids = self.encode(text, add_special=False, parse_special=True, guard=guard)
+        vocabulary = self._vocabulary
+        if vocabulary.add_bos and vocabulary.bos_id is not None and ids[:1] != [vocabulary.bos_id]:
+            ids.insert(0, vocabulary.bos_id)
+        return ids
+
+    def _without(self, guard: str, part: str | int) -> list[str | int]:
+        """A part of a text without the guard; user-defined tokens that it broke are whole again."""
+        if isinstance(part, int) or guard not in part:
+            return [part]
+        return _split(part.replace(guard, ""), self._user_defined)
+
+    def text(self, token: int) -> str:
+        """The vocabulary's own text of a token, such as `<s>`. Raises InvalidRequestError as `token_bytes` does."""
+        self.token_bytes(token)
+        return self._vocabulary.texts[token]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without control tokens: what `encode` was given.

@@ -11,6 +11,10 @@ from llorch.http.bodies import CANCEL_FIELDS, execute_fields
 from llorch.http.docs import Body, assets_router, docs_config
 from llorch.http.errors import EXCEPTION_HANDLERS
 from llorch.http.logs import RequestLog
+from llorch.http.openai.bodies import Bounds, chat_fields, completion_fields
+from llorch.http.openai.completions import Completions
+from llorch.http.openai.errors import beside
+from llorch.http.openai.routes import OPENAI_ROUTES
 from llorch.http.service import Worker
 from llorch.http.settings import ServeSettings
 from llorch.http.worker import ROUTES
@@ -20,14 +24,23 @@ def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
     """The ASGI application of one worker."""
     keys = settings.api_keys
     example = {"job_id": "job-1", "prompt": "Once upon a time", "max_tokens": 64, "temperature": 0}
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    completions = Completions(worker, settings.openai_tokens_limit)
     bodies = {
         "/execute": Body(execute_fields(settings.max_tokens_limit, None), example),
         "/cancel": Body(CANCEL_FIELDS, {"job_id": "job-1"}),
+        "/v1/chat/completions": Body(chat_fields(Bounds()), {"messages": messages, "stream": True}, lenient=True),
+        "/v1/completions": Body(
+            completion_fields(Bounds()), {"prompt": "Once upon a time", "max_tokens": 64}, lenient=True
+        ),
     }
     app = Litestar(
-        route_handlers=[*ROUTES, assets_router()],
-        dependencies={"worker": Provide(lambda: worker, sync_to_thread=False)},
-        exception_handlers=EXCEPTION_HANDLERS,
+        route_handlers=[*ROUTES, *OPENAI_ROUTES, assets_router()],
+        dependencies={
+            "worker": Provide(lambda: worker, sync_to_thread=False),
+            "completions": Provide(lambda: completions, sync_to_thread=False),
+        },
+        exception_handlers=beside(EXCEPTION_HANDLERS),
         openapi_config=docs_config(bodies, with_keys=bool(keys)),
         request_max_body_size=settings.max_body_bytes,
         logging_config=None,  # logs.py configures all of them

@@ -10,6 +10,7 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from llorch.http.errors import send_json
+from llorch.http.openai.errors import error_body, is_openai
 
 OPEN_PATHS = frozenset({"/", "/health"})
 
@@ -27,9 +28,9 @@ class APIKeys:
             return
         token = _bearer(scope["headers"])
         if token is None:
-            await _refuse(send, "MISSING_API_KEY", "send the header Authorization: Bearer KEY")
+            await _refuse(send, scope["path"], "MISSING_API_KEY", "send the header Authorization: Bearer KEY")
         elif not self._known(token):
-            await _refuse(send, "INVALID_API_KEY", "this API key is not one of the worker's")
+            await _refuse(send, scope["path"], "INVALID_API_KEY", "this API key is not one of the worker's")
         else:
             await self._app(scope, receive, send)
 
@@ -52,6 +53,8 @@ def _bearer(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
     return token if scheme.lower() == b"bearer" and token else None
 
 
-async def _refuse(send: Send, code: str, message: str) -> None:
-    body = {"error": {"code": code, "message": message}}
+async def _refuse(send: Send, path: str, code: str, message: str) -> None:
+    body: dict[str, object] = {"error": {"code": code, "message": message}}
+    if is_openai(path):
+        body = error_body(401, message, None, code.lower())
     await send_json(send, 401, body, {"www-authenticate": "Bearer"})

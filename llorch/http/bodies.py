@@ -88,7 +88,7 @@ class Field:
         return Violation(
             name or self.name,
             f"type({self.json_type})",
-            f"must be {_ARTICLES[self.json_type]}, is {_kind(value)}",
+            f"must be {_ARTICLES[self.json_type]}, is {kind_of(value)}",
             value if echo else _OMITTED,
         )
 
@@ -113,7 +113,7 @@ class Text(Field):
             yield Violation(
                 self.name, self.constraint, f"is {len(value)} characters long, at most {self.max_length} are allowed"
             )
-        elif not _is_unicode(value):
+        elif not is_unicode(value):
             yield Violation(self.name, "unicode", "holds half of a surrogate pair, which is no character")
 
     def rules(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class Texts(Field):
 
     def _check_item(self, name: str, item: Any) -> Iterator[Violation]:
         if not isinstance(item, str):
-            yield Violation(name, "type(string)", f"must be a string, is {_kind(item)}")
+            yield Violation(name, "type(string)", f"must be a string, is {kind_of(item)}")
         elif not item:
             yield Violation(name, "non_empty", "must not be empty")
         elif len(item) > self.max_length:
@@ -209,7 +209,7 @@ class Texts(Field):
                 f"max_length({self.max_length})",
                 f"is {len(item)} characters long, at most {self.max_length} are allowed",
             )
-        elif not _is_unicode(item):
+        elif not is_unicode(item):
             yield Violation(name, "unicode", "holds half of a surrogate pair, which is no character")
 
     def convert(self, value: Any) -> tuple[str, ...]:
@@ -315,16 +315,22 @@ def execute_fields(max_tokens_limit: int, vocab_size: int | None) -> tuple[Field
     )
 
 
-def parse_body(body: bytes, fields: Sequence[Field]) -> dict[str, Any]:
-    """The fields a JSON body holds, converted. Raises BodyError with every violation at once."""
+def parse_body(body: bytes, fields: Sequence[Field], *, lenient: bool = False) -> dict[str, Any]:
+    """The fields a JSON body holds, converted. Raises BodyError with every violation at once.
+
+    `lenient`: a field that is null is absent, and unknown ones are passed over.
+    """
     given = _json_object(body)
+    if lenient:
+        given = {name: value for name, value in given.items() if value is not None}
     violations: list[Violation] = []
     for known in fields:
         if known.name in given:
             violations += known.check(given[known.name])
         elif known.required:
             violations.append(Violation(known.name, "required", "is missing"))
-    violations += _unknown(given, [known.name for known in fields])
+    if not lenient:
+        violations += _unknown(given, [known.name for known in fields])
     if violations:
         raise BodyError(violations)
     return {known.name: known.convert(given[known.name]) for known in fields if known.name in given}
@@ -346,7 +352,7 @@ def _json_object(body: bytes) -> dict[str, Any]:
     except ValueError as error:  # an integer of thousands of digits
         raise BodyError([Violation("body", "json", "holds a number with too many digits")]) from error
     if not isinstance(given, dict):
-        raise BodyError([Violation("body", "type(object)", f"must be an object, is {_kind(given)}")])
+        raise BodyError([Violation("body", "type(object)", f"must be an object, is {kind_of(given)}")])
     return given
 
 
@@ -362,10 +368,17 @@ def _unknown(given: dict[str, Any], known: list[str]) -> Iterator[Violation]:
 
 # ---- words ----
 
-_ARTICLES = {"string": "a string", "integer": "an integer", "number": "a number", "array": "an array"}
+_ARTICLES = {
+    "string": "a string",
+    "integer": "an integer",
+    "number": "a number",
+    "array": "an array",
+    "boolean": "a boolean",
+    "object": "an object",
+}
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What JSON calls a value."""
     if value is None:
         return "null"
@@ -393,7 +406,7 @@ def _echo(value: Any) -> Any:
     return value if len(text) <= MAX_ECHOED_CHARACTERS else _OMITTED
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -56,6 +56,7 @@ class Body:
 
     fields: Sequence[Field]
     example: Mapping[str, Any]
+    lenient: bool = False  # unknown fields are passed over
 
 
 def document(generated: dict[str, Any], bodies: Mapping[str, Body]) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def document(generated: dict[str, Any], bodies: Mapping[str, Body]) -> dict[str,
     for path, body in bodies.items():
         schema = {
             "type": "object",
-            "additionalProperties": False,
+            "additionalProperties": body.lenient,
             "required": [field.name for field in body.fields if field.required],
             "properties": {field.name: field.schema() for field in body.fields},
         }
@@ -145,7 +146,7 @@ def docs_config(bodies: Mapping[str, Body], *, with_keys: bool) -> OpenAPIConfig
     return OpenAPIConfig(
         title="llorch",
         version=llorch.__version__,
-        description="An LLM inference worker: one model behind the worker contract.",
+        description="An LLM inference worker: one model behind the worker contract and the OpenAI API.",
         openapi_router=router,
         render_plugins=[
             SwaggerPage(),
@@ -154,7 +155,10 @@ def docs_config(bodies: Mapping[str, Body], *, with_keys: bool) -> OpenAPIConfig
         ],
         components=Components(security_schemes={"bearer": bearer} if with_keys else {}),
         security=[{"bearer": []}] if with_keys else None,
-        tags=[Tag(name="worker", description="What an orchestrator speaks.")],
+        tags=[
+            Tag(name="worker", description="What an orchestrator speaks."),
+            Tag(name="openai", description="What OpenAI's clients speak."),
+        ],
     )
 
 

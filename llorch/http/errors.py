@@ -76,10 +76,10 @@ def _typed(_: Request[Any, Any, Any], error: LlorchError) -> Response[bytes]:
 def _http(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
     status = error.status_code
     code = HTTP_CODES.get(status, "INVALID_REQUEST" if status < 500 else "INTERNAL")
-    return json_response(status, error_body(code, _http_message(request, error), False), error.headers)
+    return json_response(status, error_body(code, http_message(request, error), False), error.headers)
 
 
-def _http_message(request: Request[Any, Any, Any], error: HTTPException) -> str:
+def http_message(request: Request[Any, Any, Any], error: HTTPException) -> str:
     path = request.scope["path"][:200]
     if error.status_code == 404:
         return f"there is no {path} here: /docs lists what there is"

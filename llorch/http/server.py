@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -148,9 +149,16 @@ class WorkerProcess:
         for line in llm.start_lines:
             log.info(line)
         load_s = round(llm.load_seconds, 2)
+        await self._check_chat(llm)
         log.info("ready", uri=self._uri, model=llm.config.name, worker_id=self._worker_id, load_s=load_s)
         if self._settings.callback_url is not None:
             await self._announce(self._settings.callback_url, llm)
+
+    async def _check_chat(self, llm: LLM) -> None:
+        """A chat template that cannot be used costs the chat route alone."""
+        problem = await asyncio.to_thread(llm.chat.problem)
+        if problem is not None:
+            log.log(logging.WARNING if llm.chat.available else logging.INFO, "no chat completions", reason=problem)
 
     def _started(self, starting: asyncio.Task[None]) -> None:
         """A worker that cannot start ends, and says why."""

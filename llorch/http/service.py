@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from typing import TypeVar
 
 import structlog
 
 from llorch.core.engine_thread import EngineThread
 from llorch.core.llm import LLM
-from llorch.core.requests import Request
+from llorch.core.requests import Event, Request
 from llorch.errors import (
     CancelledError,
     ContextOverflowError,
@@ -18,10 +22,13 @@ from llorch.errors import (
     LlorchError,
 )
 from llorch.http.bodies import BodyError, ExecuteBody, Violation, execute_fields, parse_body
+from llorch.http.job import Deliver, Job, Mailbox
 from llorch.http.metrics import Metrics
-from llorch.http.stream import JobStream, Mailbox, Timing
+from llorch.http.stream import JobStream, Timing
 
 log = structlog.stdlib.get_logger(__name__)
+
+Found = TypeVar("Found")
 
 FLUSH_SECONDS = 2.0  # for the last event of a stream that is ended from here to reach its client
 
@@ -34,9 +41,9 @@ class Worker:
         self.metrics = Metrics(engine.stats)
         self.max_tokens_limit = max_tokens_limit
         self.draining = False
-        self._timing = timing or Timing()
+        self.timing = timing or Timing()
         self._mailbox = Mailbox()
-        self._jobs: dict[str, JobStream] = {}  # from before the prompt is tokenized until the response is over
+        self._jobs: dict[str, Job] = {}  # from before the prompt is tokenized until the response is over
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -57,8 +64,25 @@ class Worker:
 
     async def start(self, raw: bytes) -> JobStream:
         """Accepts a job into the queue. Raises BodyError, JobExistsError, QueueFullError, EngineUnavailableError."""
-        try:
+        with self.counted():
             return await self._start(raw)
+
+    async def _start(self, raw: bytes) -> JobStream:
+        llm = self.ready()
+        body = ExecuteBody(**parse_body(raw, execute_fields(self.max_tokens_limit, llm.config.vocab_size)))
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        job = self.open_job(body.job_id, events.put_nowait)
+        tokens = await self.queue([job], lambda: self._submit(llm, body, job))
+        _log_accepted(body, tokens)
+        return JobStream(job, events, llm.config.name, self.engine, self.timing)
+
+    # ---- what every way to start jobs shares ----
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts a request that is refused before it is in the queue."""
+        try:
+            yield
         except CancelledError:
             self.metrics.count("cancelled")
             raise
@@ -66,33 +90,40 @@ class Worker:
             self.metrics.count("rejected")
             raise
 
-    async def _start(self, raw: bytes) -> JobStream:
+    def ready(self) -> LLM:
+        """The model, while jobs are taken. Raises EngineUnavailableError."""
         llm = self.engine.llm
         if (reason := self.unavailable) is not None or llm is None:
             raise EngineUnavailableError(reason or "the model is not loaded")
-        body = ExecuteBody(**parse_body(raw, execute_fields(self.max_tokens_limit, llm.config.vocab_size)))
-        if body.job_id in self._jobs:
-            raise JobExistsError(f"job {body.job_id[:128]!r} is waiting or running: use another job_id")
-        stream = JobStream(
-            body.job_id, llm.config.name, self.engine, self._mailbox, self.metrics, self._timing, self._forget
-        )
-        self._jobs[body.job_id] = stream
+        return llm
+
+    def open_job(self, job_id: str, deliver: Deliver) -> Job:
+        """A job that `queue` is to be called with. Raises JobExistsError."""
+        if job_id in self._jobs:
+            raise JobExistsError(f"job {job_id[:128]!r} is waiting or running: use another job_id")
+        job = Job(job_id, deliver, self.engine, self._mailbox, self.metrics, self._forget)
+        self._jobs[job_id] = job
         self._idle.clear()
+        return job
+
+    async def queue(self, jobs: Sequence[Job], submit: Callable[[], Found], pool: Executor | None = None) -> Found:
+        """Runs `submit`, which hands the jobs to the engine, on a thread. All of them are in the queue or none is."""
         try:
             # neither a long prompt's tokenizing nor the engine's lock may hold up the event loop
-            tokens = await asyncio.to_thread(self._submit, llm, body, stream)
-        except BaseException:
-            self._forget(stream)
+            found = await asyncio.get_running_loop().run_in_executor(pool, submit)
+            for job in jobs:
+                if job.failure is not None:  # cancelled, or the worker shut down, before the engine knew of it
+                    raise job.failure
+        except BaseException as error:
+            reason = error if isinstance(error, LlorchError) else CancelledError("the request failed")
+            for job in jobs:
+                self.engine.cancel(job.job_id, reason)
+                self._forget(job)
             raise
-        if stream.failure is not None:  # cancelled, or the worker shut down, before the engine knew of it
-            self.engine.cancel(body.job_id, stream.failure)
-            self._forget(stream)
-            raise stream.failure
-        self.metrics.accepted.inc()
-        _log_accepted(body, tokens)
-        return stream
+        self.metrics.accepted.inc(len(jobs))
+        return found
 
-    def _submit(self, llm: LLM, body: ExecuteBody, stream: JobStream) -> int:
+    def _submit(self, llm: LLM, body: ExecuteBody, job: Job) -> int:
         """Tokenizes and queues; returns the prompt's length in tokens."""
         tokens = llm.tokenizer.encode(body.prompt, add_special=True, parse_special=True)
         request = Request(
@@ -103,17 +134,17 @@ class Worker:
             stop=body.stop,
         )
         try:
-            self.engine.submit(request, stream.emit)
+            self.engine.submit(request, job.emit)
         except ContextOverflowError as error:
             raise BodyError([Violation("prompt", f"tokens(1..={llm.context - 1})", str(error))]) from error
         return len(tokens)
 
     def cancel(self, job_id: str) -> bool:
         """Ends a job's stream now and its work at the engine's next step; False where there is no such job."""
-        stream = self._jobs.get(job_id)
-        if stream is not None:
-            stream.fail(CancelledError("the job was cancelled"))
-        return stream is not None
+        job = self._jobs.get(job_id)
+        if job is not None:
+            job.fail(CancelledError("the job was cancelled"))
+        return job is not None
 
     async def drain(self, timeout: float) -> None:
         """Takes no new job; waits for those in flight, and after `timeout` seconds ends them with an error."""
@@ -121,8 +152,8 @@ class Worker:
         if await self._wait_idle(timeout):
             return
         log.warning("shutdown timeout", seconds=timeout, jobs=len(self._jobs))
-        for stream in list(self._jobs.values()):
-            stream.fail(EngineUnavailableError("the worker shut down before the job was done"))
+        for job in list(self._jobs.values()):
+            job.fail(EngineUnavailableError("the worker shut down before the job was done"))
         await self._wait_idle(FLUSH_SECONDS)
 
     async def _wait_idle(self, timeout: float) -> bool:
@@ -133,8 +164,8 @@ class Worker:
             return False
         return True
 
-    def _forget(self, stream: JobStream) -> None:
-        self._jobs.pop(stream.job_id, None)
+    def _forget(self, job: Job) -> None:
+        self._jobs.pop(job.job_id, None)
         if not self._jobs:
             self._idle.set()
 

@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator
 
-from llorch.settings import ModelSettings
+from llorch.settings import ChatModelSettings
 
 TEST_CALLBACK = "localhost:9999"
 
 
-class ServeSettings(ModelSettings):
+class ServeSettings(ChatModelSettings):
     """Serve a model over HTTP."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -37,7 +37,9 @@ class ServeSettings(ModelSettings):
         None, gt=0, description="most seconds that a request runs, no limit by default"
     )
     step_timeout: float = Field(60.0, gt=0, description="seconds without a step after which the worker is unhealthy")
-    max_tokens_limit: int = Field(2048, ge=1, description="most tokens that one request may ask for")
+    max_tokens_limit: int = Field(
+        2048, ge=1, description="most tokens that one request may ask for; below /v1 what the context leaves by default"
+    )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="largest request body")
     keep_alive: float = Field(10.0, gt=0, description="seconds of silence in a stream before a keep-alive comment")
     metrics_interval: float = Field(1.0, gt=0, description="seconds between the metrics events of a stream")
@@ -62,6 +64,11 @@ class ServeSettings(ModelSettings):
         if value is not None and TEST_CALLBACK not in value and not value.startswith(("http://", "https://")):
             raise ValueError("expected a URL that begins with http:// or https://")
         return value
+
+    @property
+    def openai_tokens_limit(self) -> int | None:
+        """The limit below /v1, where clients expect to fill the context: None where the operator has set none."""
+        return self.max_tokens_limit if "max_tokens_limit" in self.model_fields_set else None
 
     @property
     def api_keys(self) -> tuple[str, ...]:

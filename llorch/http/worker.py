@@ -170,7 +170,7 @@ def _healthy(llm: LLM, worker: Worker) -> Healthy:
     },
 )
 async def execute(request: Request[Any, Any, Any], worker: Worker) -> ASGIApp:
-    return await worker.start(await _body(request))
+    return await worker.start(await read_body(request))
 
 
 @post(
@@ -184,7 +184,7 @@ async def execute(request: Request[Any, Any, Any], worker: Worker) -> ASGIApp:
     responses={202: spec(CancelAccepted, "The job ends, or there is none."), 400: INVALID, 413: TOO_LARGE},
 )
 async def cancel(request: Request[Any, Any, Any], worker: Worker) -> Response[CancelAccepted]:
-    job_id: str = parse_body(await _body(request), CANCEL_FIELDS)["job_id"]
+    job_id: str = parse_body(await read_body(request), CANCEL_FIELDS)["job_id"]
     return Response(CancelAccepted(job_id, worker.cancel(job_id)), status_code=202)
 
 
@@ -200,7 +200,7 @@ async def metrics(request: Request[Any, Any, Any], worker: Worker) -> Response[b
     return Response(content, media_type=content_type)
 
 
-async def _body(request: Request[Any, Any, Any]) -> bytes:
+async def read_body(request: Request[Any, Any, Any]) -> bytes:
     """The raw body: its content type does not matter, and bodies.py says what is wrong with it."""
     try:
         return await request.body()

@@ -1,0 +1,102 @@
+"""One job of the engine, as the event loop sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+from llorch.core.engine_thread import EngineThread
+from llorch.core.requests import Ended, Event, Failed, Token
+from llorch.errors import CancelledError, LlorchError
+from llorch.http.metrics import Metrics
+
+log = structlog.stdlib.get_logger(__name__)
+
+Deliver = Callable[[Event], None]
+
+
+class Mailbox:
+    """Hands events from the engine's thread to the event loop, with one wake-up for all that gather until it runs.
+
+    A wake-up is a system call, and a step of many jobs has many events.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[tuple[Deliver, Event]] = deque()
+        self._woken = False
+
+    def put(self, deliver: Deliver, event: Event) -> None:
+        """From the engine's thread."""
+        self._events.append((deliver, event))
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._woken = False  # first: what is put from now on wakes the loop again, and nothing is left lying
+        while self._events:
+            deliver, event = self._events.popleft()
+            deliver(event)
+
+
+class Job:
+    """A job between the engine's thread, which calls `emit`, and the event loop, where `deliver` gets its events.
+
+    All but `emit` belongs to the event loop.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        deliver: Deliver,
+        engine: EngineThread,
+        mailbox: Mailbox,
+        metrics: Metrics,
+        on_close: Callable[[Job], None],
+    ) -> None:
+        self.job_id = job_id
+        self.failure: LlorchError | None = None  # why it ends, whatever the engine still has for it
+        self._deliver, self._engine, self._mailbox, self._metrics = deliver, engine, mailbox, metrics
+        self._on_close = on_close
+        self._accepted = time.monotonic()
+        self._last_token = 0.0  # the engine thread's
+
+    def emit(self, event: Event) -> None:
+        """From the engine's thread."""
+        if isinstance(event, Token):
+            now = time.monotonic()
+            if self._last_token:
+                self._metrics.inter_token.observe(now - self._last_token)
+            else:
+                self._metrics.first_token.observe(now - self._accepted)
+            self._last_token = now
+        self._mailbox.put(self._deliver, event)
+
+    def fail(self, error: LlorchError) -> None:
+        """Ends the job with `error`, which is delivered; events that wait to be sent are of no more use."""
+        if self.failure is None:
+            self.failure = error
+            self._engine.cancel(self.job_id, error)
+            self._deliver(Failed(error))
+
+    def close(self, last: Ended | Failed) -> None:
+        """Counts and logs how it ended. However it was, the engine's job has ended or is cancelled."""
+        details: dict[str, object]
+        if isinstance(last, Ended):
+            outcome = "ended"
+            details = {"stop_reason": last.reason.value, "tokens_out": last.tokens_out}
+        else:
+            outcome = "cancelled" if isinstance(last.error, CancelledError) else "failed"
+            details = {"code": last.error.code, "reason": str(last.error)}
+            # not after fail(): the engine has been told, and another job may have the id by now
+            if self.failure is None:
+                self._engine.cancel(self.job_id, last.error)
+        self._metrics.count(outcome)
+        duration_ms = round((time.monotonic() - self._accepted) * 1000, 1)
+        log.info("job over", job_id=self.job_id[:128], outcome=outcome, duration_ms=duration_ms, **details)
+        self._on_close(self)

@@ -1,0 +1,1 @@
+"""The OpenAI API: chat completions, completions and models, over the engine that the worker contract speaks to."""
