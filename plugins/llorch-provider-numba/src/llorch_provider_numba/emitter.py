@@ -50,7 +50,7 @@ from llorch_provider_numba.ir_tools import (
 RECORD, FLOAT_RECORD = BLOCK + 16, 4 * (BLOCK + 2)
 SIGNATURE = ir.FunctionType(ir.VoidType(), [I64] * 9)
 
-Lanes = list[list[ir.Value]]  # [groups][tokens]
+PREFETCH = 2048  # bytes of each group
 
 
 def record_bytes(form: Format | PlainFormat, host: Host) -> int:
@@ -103,6 +103,7 @@ class _Kernel:
         self._start(places, start)
         body = self._plain_unit if isinstance(self.form, PlainFormat) else self._unit
         with counted(b, units) as unit:
+            self._prefetch(unit)
             body(unit)
         store = intrinsic(
             b, "llvm.masked.store.v16f32.p0", ir.VoidType(), [F32x16, F32x16.as_pointer(), I32, vector(I1, 16)]
@@ -140,6 +141,16 @@ class _Kernel:
     def _add(self, g: int, t: int, x: ir.Value, y: ir.Value) -> None:
         place = self.acc[g][t]
         self.b.store(fma(self.b, x, y, self.b.load(place)), place)
+
+    def _prefetch(self, unit: ir.Value) -> None:
+        """Asks for what lies PREFETCH bytes ahead: the hardware alone does not keep memory busy from two cores."""
+        b = self.b
+        fetch = intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        ahead = at(b, scaled(b, unit, self.form.unit_bytes), PREFETCH)
+        for w in self.w:
+            for line in range(0, self.form.unit_bytes, VECTOR):
+                place = b.inttoptr(at(b, b.add(w, ahead), line), I8.as_pointer())
+                b.call(fetch, [place, constant(I32, 0), constant(I32, 3), constant(I32, 1)])
 
     # ---- plain weights ----
 
