@@ -50,7 +50,7 @@ from llorch_provider_numba.ir_tools import (
 RECORD, FLOAT_RECORD = BLOCK + 16, 4 * (BLOCK + 2)
 SIGNATURE = ir.FunctionType(ir.VoidType(), [I64] * 9)
 
-PREFETCH = 2048  # bytes of each group
+PREFETCH = 1024  # bytes of each group
 
 
 def record_bytes(form: Format | PlainFormat, host: Host) -> int:
@@ -103,7 +103,6 @@ class _Kernel:
         self._start(places, start)
         body = self._plain_unit if isinstance(self.form, PlainFormat) else self._unit
         with counted(b, units) as unit:
-            self._prefetch(unit)
             body(unit)
         store = intrinsic(
             b, "llvm.masked.store.v16f32.p0", ir.VoidType(), [F32x16, F32x16.as_pointer(), I32, vector(I1, 16)]
@@ -142,15 +141,13 @@ class _Kernel:
         place = self.acc[g][t]
         self.b.store(fma(self.b, x, y, self.b.load(place)), place)
 
-    def _prefetch(self, unit: ir.Value) -> None:
-        """Asks for what lies PREFETCH bytes ahead: the hardware alone does not keep memory busy from two cores."""
+    def _prefetch(self, address: ir.Value, lines: int) -> None:
+        """Asks for what lies ahead: the hardware alone does not keep memory busy from a few cores."""
         b = self.b
         fetch = intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-        ahead = at(b, scaled(b, unit, self.form.unit_bytes), PREFETCH)
-        for w in self.w:
-            for line in range(0, self.form.unit_bytes, VECTOR):
-                place = b.inttoptr(at(b, b.add(w, ahead), line), I8.as_pointer())
-                b.call(fetch, [place, constant(I32, 0), constant(I32, 3), constant(I32, 1)])
+        for line in range(lines):
+            place = b.inttoptr(at(b, address, PREFETCH + VECTOR * line), I8.as_pointer())
+            b.call(fetch, [place, constant(I32, 0), constant(I32, 2), constant(I32, 1)])
 
     # ---- plain weights ----
 
@@ -158,6 +155,8 @@ class _Kernel:
         b, form = self.b, self.form
         offset = scaled(b, unit, form.unit_bytes)
         first = b.add(self.x, scaled(b, unit, form.unit * self.tokens * 4))
+        for w in self.w:
+            self._prefetch(b.add(w, offset), form.unit_bytes // VECTOR)
         for c in range(form.unit):
             for g in range(self.groups):
                 values = self._floats(at(b, b.add(self.w[g], offset), c * LANES * form.width))
@@ -195,8 +194,9 @@ class _Kernel:
         """32 columns: for each segment, scale * x's scale * (quants . x), and the minimum times x's sum."""
         b, form = self.b, self.form
         x = b.add(x, scaled(b, block, self.tokens * self.record))
-        per_segment = form.segment // 4
+        per_segment, lines = form.segment // 4, -(-form.unit_bytes // VECTOR // form.blocks)  # a block's share
         for g, base in enumerate(bases):
+            self._prefetch(b.add(base, scaled(b, block, VECTOR * lines)), lines)
             quants = self._unpack(b.add(at(b, base, form.blocks_at), scaled(b, block, form.bits * VECTOR)))
             for s in range(BLOCK // form.segment):
                 scale, minimum = self._scale(base, block, s, halves[g])
