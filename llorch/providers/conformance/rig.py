@@ -93,13 +93,20 @@ def describe(spec: OpSpec) -> str:
     return f"{type(spec).__name__.removesuffix('Spec')}({', '.join(f'{k}={v}' for k, v in fields.items())})"
 
 
-def compare(found: npt.NDArray[Any], expected: npt.NDArray[Any], limit: float, spec: OpSpec) -> None:
-    """Fails with operation, shape, weight type, the worst element and the NMSE."""
+def compare(
+    found: npt.NDArray[Any], expected: npt.NDArray[Any], limit: float, spec: OpSpec, energy: float = 0.0
+) -> None:
+    """Fails with operation, shape, weight type, the worst element and the NMSE.
+
+    `energy`: the least sum of squares that the error is measured against, where expected values may nearly cancel out.
+    """
     assert found.shape == expected.shape, f"{describe(spec)}: shape {found.shape}, expected {expected.shape}"
     error = np.abs(found.astype(np.float64) - expected)
     worst = np.unravel_index(int(np.nanargmax(np.where(np.isnan(error), np.inf, error))), error.shape)
     at = tuple(int(i) for i in worst)
     value = nmse(found, expected)
+    if energy:
+        value = min(value, float((error**2).sum() / energy))
     assert value <= limit, (
         f"{describe(spec)}, {found.shape}: NMSE {value:.2e}, at most {limit:.0e}; the worst element is {at}: "
         f"{found[at]!r}, expected {expected[at]!r}"

@@ -1,0 +1,138 @@
+"""From LLVM IR to functions in memory; what was compiled is kept on disk.
+
+A folder of the user's cache holds the kernels of one state of things: its name is a hash of this package's source, the
+versions of numba, llvmlite and Python, and the CPU. Another state has another folder, so nothing stale is ever loaded.
+Files are written whole under a name of their own and then renamed: first runs of several processes may coincide.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+import platformdirs
+
+from llorch_provider_numba import emitter
+from llorch_provider_numba.formats import FORMATS
+from llorch_provider_numba.hosts import Host
+
+KEPT_SECONDS = 30 * 86400  # other states' folders are removed when nothing was taken from them for so long
+
+_lock = threading.Lock()
+_engines: list[object] = []  # compiled code lives as long as the process
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """The folder of this state of things, made if need be."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    cpu = f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
+    versions = [metadata.version(name) for name in ("numba", "llvmlite", "numpy")]
+    digest.update(repr((*versions, sys.version, platform.machine(), cpu)).encode())
+    parent = Path(platformdirs.user_cache_dir("llorch")) / "numba"
+    folder = parent / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    for other in parent.iterdir():
+        if other != folder and other.stat().st_mtime < time.time() - KEPT_SECONDS:
+            shutil.rmtree(other, ignore_errors=True)  # another process may be removing it too
+    return folder
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)  # a cache may be cleared at any time
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+@functools.cache
+def _initialize() -> None:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+
+
+def target_machine(host: Host) -> llvm.TargetMachine:
+    _initialize()
+    cpu = host.cpu or llvm.get_host_cpu_name()
+    features = host.features if host.cpu else llvm.get_host_cpu_features().flatten()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    return target.create_target_machine(cpu=cpu, features=features, opt=2, jit=True, codemodel="jitdefault")
+
+
+def optimised(text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
+    """IR after LLVM's standard passes; what is meant to be unrolled is written so."""
+    module = llvm.parse_assembly(text)
+    module.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_unrolling = False
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    return module
+
+
+@functools.cache
+def product_kernels(type_name: str, host: Host) -> dict[int, int]:
+    """Addresses of a weight type's kernels, by the tokens of a tile."""
+    form = FORMATS[type_name]
+
+    def compiled() -> bytes:
+        machine = target_machine(host)
+        text = str(emitter.product_module(form, host, llvm.get_process_triple()))
+        found: bytes = machine.emit_object(optimised(text, machine))
+        return found
+
+    content = kept(f"{type_name}-{host.name}.o", f"products of {type_name} for {host.name}", compiled)
+    with _lock:
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine(host))
+        engine.add_object_file(llvm.ObjectFileRef.from_data(content))
+        engine.finalize_object()
+        _engines.append(engine)
+    return {t: engine.get_function_address(emitter.kernel_name(form, t)) for t in host.tiles}
+
+
+def kept(name: str, what: str, make: Callable[[], bytes]) -> bytes:
+    """A file of the cache, made first where it is not there."""
+    path = cache_folder() / name
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        announce(what)
+        content = make()
+        write_atomically(path, content)
+        return content
+
+
+def compiled(signature: str, what: str) -> Callable[[Any], Any]:
+    """Like numba.njit for one signature, with its cache in the folder of this state of things."""
+
+    def decorate(function: Any) -> Any:
+        folder, before = cache_folder(), numba.config.CACHE_DIR
+        if not any(folder.rglob(f"*.{function.__name__}-*.nbi")):
+            announce(what)
+        numba.config.CACHE_DIR = str(folder)
+        try:
+            return numba.njit(signature, nogil=True, cache=True, error_model="numpy")(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return decorate
+
+
+def announce(what: str) -> None:
+    """The first start takes a while: say at what."""
+    print(f"numba-cpu compiles {what} (once, kept in {cache_folder()})", file=sys.stderr, flush=True)

@@ -1,0 +1,106 @@
+"""Host memory: weights in huge pages, activations at cache lines, the paged cache."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llorch.providers import CacheSpec
+
+HUGE_PAGE, LINE = 2 << 20, 64
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def aligned(nbytes: int) -> Bytes:
+    """Uninitialised memory that begins at a cache line."""
+    whole = np.empty(nbytes + LINE, np.uint8)
+    skipped = -whole.ctypes.data % LINE
+    return whole[skipped : skipped + nbytes]
+
+
+def in_huge_pages(nbytes: int) -> Bytes:
+    """Zeros. In pages of 4 KiB, reading weights once a token would wait for address translation."""
+    if nbytes < HUGE_PAGE:
+        return aligned(nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # private: Python's default is shared memory, which Linux does not give huge pages
+        pages = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    else:  # not Linux: whatever the system gives
+        pages = mmap.mmap(-1, nbytes + HUGE_PAGE)
+    whole = np.frombuffer(pages, np.uint8)
+    skipped = -whole.ctypes.data % HUGE_PAGE
+    return whole[skipped : skipped + nbytes]
+
+
+def forget_pages(data: npt.NDArray[Any]) -> None:
+    """Lets the system take back the pages of a file's map that `data` lies in; they are read again if need be."""
+    owner: Any = data
+    while isinstance(owner, np.ndarray | memoryview):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    if not isinstance(owner, mmap.mmap) or data.flags.writeable or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = data.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # a page may hold the end of the tensor before
+    if start + data.nbytes > first:
+        owner.madvise(mmap.MADV_DONTNEED, first, start + data.nbytes - first)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix in groups of rows (formats.py), or a vector of float32."""
+
+    memory: npt.NDArray[Any]
+    type: str
+    shape: tuple[int, ...]
+
+    @property
+    def address(self) -> int:
+        return int(self.memory.ctypes.data)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.memory.nbytes)
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of a layer by block; the layout within a block is attention.py's."""
+
+    keys: npt.NDArray[Any]
+    values: npt.NDArray[Any]
+
+
+class KVCache:
+    def __init__(self, spec: CacheSpec) -> None:
+        dtype = {"f32": np.float32, "f16": np.uint16}[spec.dtype]
+        per_head = spec.kv_heads * spec.block_size
+        key_dim, value_dim = -(-spec.head_dim // 4) * 4, -(-spec.head_dim // 16) * 16
+        # zeros: memory comes when it is first written, and what was never written is no NaN
+        self.layers = [
+            LayerCache(
+                np.zeros((spec.blocks, per_head * key_dim), dtype), np.zeros((spec.blocks, per_head * value_dim), dtype)
+            )
+            for _ in range(spec.layers)
+        ]
+
+    def copy(self, src: int, dst: int) -> None:
+        for layer in self.layers:
+            layer.keys[dst], layer.values[dst] = layer.keys[src], layer.values[src]
+
+
+class Inputs:
+    """Host memory is device memory: nothing to upload."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.host = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+        self.device = self.host
+
+    def upload(self) -> None:
+        return None
