@@ -1,0 +1,169 @@
+"""An opened card: its runtime, its memory, what its operations share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llorch.providers import CacheSpec, DeviceInfo, DeviceMemoryError, HostWeight, MemoryInfo
+from llorch_provider_cupy.formats import FORMATS, LARGEST_HALF, UNIT
+from llorch_provider_cupy.launches import Function
+from llorch_provider_cupy.memory import Inputs, KVCache, Memory, Tensor, Weight, cache_block_bytes
+from llorch_provider_cupy.programs import Program
+from llorch_provider_cupy.runtime import Allocation, Plain, Runtime
+
+CAPTURE_SIZES = (1, 2, 4, 8, 16, 32, 64)  # tokens of a decode step
+
+
+class CudaDevice:
+    """Tensors are `memory.Tensor`, weights `memory.Weight`."""
+
+    weight_types: Mapping[Any, frozenset[str]] = {
+        "embed": frozenset(FORMATS),
+        "matmul": frozenset(FORMATS),
+        "vector": frozenset({"F32"}),
+    }
+    cache_dtypes = ("f16", "f32")
+    block_sizes = (32, 16, 64)
+    capture_sizes = CAPTURE_SIZES
+
+    def __init__(self, runtime: Runtime, info: DeviceInfo) -> None:
+        self.runtime, self.info = runtime, info
+        self.properties = runtime.properties
+        self._memory = Memory(runtime)
+        self._functions: dict[tuple[Program, str], Function] = {}
+        self._scratch: dict[str, Allocation] = {}
+        self._turns: dict[tuple[float, ...], Allocation] = {}
+
+    # ---- for the operations ----
+
+    def function(self, program: Program, name: str, threads: int) -> Function:
+        key = (program, name)
+        if key not in self._functions:
+            self._functions[key] = Function(self, program, name, threads)
+        return self._functions[key]
+
+    def reserve(self, name: str, nbytes: int) -> None:
+        """Makes room that sites share by name: all work is on one stream, so each has it to itself in its turn."""
+        if name not in self._scratch or self._scratch[name].nbytes < nbytes:
+            self._scratch[name] = self._memory.allocate(nbytes, f"scratch memory ({name})")
+
+    def scratch(self, name: str) -> Allocation:
+        """What was reserved when the site was bound."""
+        return self._scratch[name]
+
+    def scratches(self) -> tuple[Allocation, ...]:
+        return tuple(self._scratch.values())
+
+    def turns(self, frequencies: tuple[float, ...]) -> Allocation:
+        """RoPE frequencies in whole turns a position, one piece of memory for all sites that share them."""
+        if frequencies not in self._turns:
+            turns = np.array(frequencies, np.float64) / (2 * np.pi)
+            self._turns[frequencies] = self._filled(turns, "RoPE frequencies")
+        return self._turns[frequencies]
+
+    def _filled(self, host: npt.NDArray[Any], what: str) -> Allocation:
+        allocation = self._memory.allocate(host.nbytes, what)
+        self.runtime.upload(allocation.address, np.ascontiguousarray(host))
+        return allocation
+
+    # ---- the contract ----
+
+    def expect(self, weights: Sequence[HostWeight]) -> str:
+        """Raises DeviceMemoryError before anything is uploaded where the weights cannot fit."""
+        need = sum(self._size(weight) for weight in weights)
+        free = self.memory().free
+        if need > free:
+            raise DeviceMemoryError(
+                f"the weights take {need / 2**30:.2f} GiB on {self.info.description}, {free / 2**30:.2f} GiB are free: "
+                "use a more strongly quantised model, several cards (--device cuda:0,1) or a larger --gpu-memory"
+            )
+        return f"weights: {need / 2**30:.2f} GiB, quantised as in the file, scales apart from quants"
+
+    def _size(self, weight: HostWeight) -> int:
+        return FORMATS[weight.type].nbytes(weight.shape) if len(weight.shape) == 2 else weight.nbytes
+
+    def weight(self, host_weight: HostWeight) -> Weight:
+        if len(host_weight.shape) == 1:
+            values = host_weight.data.view(np.float32)
+            allocation = self._filled(values, host_weight.name)
+            return Weight(allocation, "F32", host_weight.shape, host_weight.nbytes, "f32")
+        form, nbytes = FORMATS[host_weight.type], self._size(host_weight)
+        allocation = self._memory.allocate(nbytes, host_weight.name)
+        for offset, piece in form.repacked(host_weight):
+            self.runtime.upload(allocation.address + offset, piece)
+        return Weight(allocation, host_weight.type, host_weight.shape, nbytes, self._kind(host_weight))
+
+    def _kind(self, weight: HostWeight) -> Plain:
+        """The type that loses nothing to speak of: halves, but where a value is beyond them."""
+        if weight.type == "F16":
+            return "f16"
+        if weight.type == "BF16" and self.properties.compute_capability >= (8, 0):
+            return "bf16"
+        if weight.type == "F32" or FORMATS[weight.type].largest_value(weight) > LARGEST_HALF:
+            return "f32"
+        return "f16"
+
+    def weight_bytes(self, weight: Weight) -> int:
+        return weight.nbytes
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        kind = np.dtype(dtype)
+        shape = tuple(int(n) for n in shape)
+        return Tensor(self._memory.allocate(int(np.prod(shape)) * kind.itemsize, "activations"), shape, kind)
+
+    def rows(self, tensor: Tensor, n: int) -> Tensor:
+        return tensor.rows(n)
+
+    def kv_cache(self, spec: CacheSpec) -> KVCache:
+        """Raises DeviceMemoryError with the context that would fit."""
+        need, free = spec.blocks * spec.layers * cache_block_bytes(spec), self.memory().free
+        if need > free:
+            fit = max(0, free // (spec.layers * cache_block_bytes(spec)) - 1) * spec.block_size
+            tokens = (spec.blocks - 1) * spec.block_size
+            raise DeviceMemoryError(
+                f"a KV cache of {tokens} tokens needs {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on "
+                f"{self.info.description}: {fit} tokens would fit (--context times --parallel)"
+            )
+        return KVCache(self.runtime, self._memory, spec)
+
+    def inputs(self, shapes: Mapping[str, tuple[int, ...]]) -> Inputs:
+        return Inputs(self.runtime, self._memory, shapes)
+
+    def write(self, tensor: Tensor, host: npt.NDArray[Any]) -> None:
+        """Returns when `host` may be changed again."""
+        values = np.ascontiguousarray(host, tensor.dtype)
+        if values.shape != tensor.shape:
+            raise ValueError(f"host array of shape {values.shape} for a tensor of shape {tensor.shape}")
+        self.runtime.upload(tensor.address, values)
+
+    def read(self, tensor: Tensor, host: npt.NDArray[Any]) -> None:
+        if host.shape != tensor.shape or host.dtype != tensor.dtype:
+            raise ValueError(
+                f"host array {host.dtype} of shape {host.shape} for a tensor {tensor.dtype} of shape {tensor.shape}"
+            )
+        found = host if host.flags.c_contiguous else np.empty(host.shape, host.dtype)
+        self.runtime.download(found, tensor.address)
+        if found is not host:
+            host[...] = found
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
+        return self.runtime.record(run)
+
+    def memory(self) -> MemoryInfo:
+        total, free = self.runtime.memory()
+        return MemoryInfo(total=total, free=free)
+
+    def close(self) -> None:
+        """Waits for what is running, then frees all memory."""
+        self.runtime.close()
+        self._memory.close()
+        self._scratch.clear()
+        self._turns.clear()
+
+
+def padded_columns(cols: int) -> int:
+    return -(-cols // UNIT) * UNIT

@@ -1,0 +1,120 @@
+// What all kernels share. Written so that NVRTC needs no header: halves are their bits, converted by one instruction.
+// With EMULATED, g++ compiles the same files for the tests' emulator.
+
+#ifdef EMULATED
+#define KERNEL(threads) extern "C" void
+#else
+// one block a multiprocessor is promised: without it ptxas spills registers for blocks that may never come
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+#define SHARED(type, name, count) __shared__ type name[count]
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
+#define INLINED static __device__ __forceinline__
+#define ALL_LANES 0xffffffffu
+
+typedef unsigned char byte;
+typedef unsigned short half_bits;  // IEEE binary16
+typedef unsigned short brain_bits;  // bfloat16
+typedef unsigned long long uint64;
+
+INLINED float from_half(half_bits h) {
+#ifdef EMULATED
+    _Float16 value;
+    memcpy(&value, &h, 2);
+    return (float)value;
+#else
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+#endif
+}
+
+INLINED half_bits to_half(float f) {
+#ifdef EMULATED
+    const _Float16 value = (_Float16)f;
+    half_bits h;
+    memcpy(&h, &value, 2);
+    return h;
+#else
+    half_bits h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+#endif
+}
+
+INLINED float from_brain(brain_bits b) { return __uint_as_float((unsigned)b << 16); }
+
+// To the nearest, ties to even; a NaN stays one.
+INLINED brain_bits to_brain(float f) {
+    const unsigned u = __float_as_uint(f);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (brain_bits)(u >> 16 | 64);
+    return (brain_bits)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+}
+
+INLINED int lane_index() { return threadIdx.x & 31; }
+INLINED int warp_index() { return threadIdx.x >> 5; }
+
+INLINED float warp_sum(float v) {
+#pragma unroll
+    for (int other = 16; other > 0; other >>= 1) v += __shfl_xor_sync(ALL_LANES, v, other);
+    return v;
+}
+
+INLINED float warp_max(float v) {
+#pragma unroll
+    for (int other = 16; other > 0; other >>= 1) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, other));
+    return v;
+}
+
+// The sum over a block of `warps` warps, the same in all its threads. `parts` is shared memory of 32 floats.
+INLINED float block_sum(float v, float *parts, int warps) {
+    v = warp_sum(v);
+    __syncthreads();  // parts may still be read from the call before
+    if (lane_index() == 0) parts[warp_index()] = v;
+    __syncthreads();
+    float sum = 0.0f;
+    for (int i = 0; i < warps; i++) sum += parts[i];
+    return sum;
+}
+
+INLINED float block_max(float v, float *parts, int warps) {
+    v = warp_max(v);
+    __syncthreads();
+    if (lane_index() == 0) parts[warp_index()] = v;
+    __syncthreads();
+    float most = parts[0];
+    for (int i = 1; i < warps; i++) most = fmaxf(most, parts[i]);
+    return most;
+}
+
+// ---- activations rounded to int8 ----
+
+#define UNIT 32  // columns that share a scale
+
+// A unit's scale, the sum of its values before they were rounded, and the sums of its first and its last 16 numbers.
+struct __align__(16) Rounded {
+    float scale, sum;
+    int low, high;
+};
+
+// One warp rounds one unit, a column a lane (zero where there is none): x is about scale * number, |number| <= 127.
+INLINED void round_unit(float value, signed char *numbers, Rounded *rounded, size_t unit) {
+    const float largest = warp_max(fabsf(value));
+    const float scale = largest / 127.0f;
+    const int number = scale > 0.0f ? __float2int_rn(value / scale) : 0;
+    const float exact = warp_sum(value);
+    int sum = number;
+#pragma unroll
+    for (int other = 8; other > 0; other >>= 1) sum += __shfl_xor_sync(ALL_LANES, sum, other);
+    const int high = __shfl_sync(ALL_LANES, sum, 16);
+    numbers[unit * UNIT + lane_index()] = (signed char)number;
+    if (lane_index() == 0) {
+        Rounded r;
+        r.scale = scale;
+        r.sum = exact;
+        r.low = sum;
+        r.high = high;
+        rounded[unit] = r;
+    }
+}

@@ -1,0 +1,233 @@
+"""matmul, matmul_group, gate_up_swiglu: for a few tokens kernels that read the weights once (kernels/products.cu), for
+more cuBLAS, over the weights' values in a plain type that tensor cores take.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from llorch.providers import GateUpSwigluSpec, Kernel, MatmulGroupSpec, MatmulSpec
+from llorch_provider_cupy import programs
+from llorch_provider_cupy.device import CudaDevice, padded_columns
+from llorch_provider_cupy.formats import UNIT
+from llorch_provider_cupy.launches import FLAT_THREADS, ROW_THREADS, Site, Work, blocks, i32
+from llorch_provider_cupy.memory import Tensor, Weight
+from llorch_provider_cupy.programs import PRODUCT_TOKENS
+from llorch_provider_cupy.runtime import PLAIN_BYTES, Gemm, Plain
+
+MOST_TOKENS = PRODUCT_TOKENS[-1]  # more go to cuBLAS
+ROWS_PER_WARP = {1: 1, 2: 2, 4: 2, 8: 2}  # as kernels/products.cu has them
+PRODUCT_THREADS, PRODUCT_WARPS = 128, 4
+PARTS = 3  # products of a launch
+SLAB_BYTES = 128 << 20  # of a weight's values at once, beside the weight itself
+NATIVE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # weights that lie as cuBLAS takes them
+ROUNDED_BYTES = 16  # of a unit's scale and sums
+
+
+def _address(weight: Weight | None) -> int:
+    return 0 if weight is None else weight.address
+
+
+class Products:
+    """Products of weights of one type with the same x."""
+
+    def __init__(self, device: CudaDevice, spec: MatmulSpec) -> None:
+        self._device, self._spec = device, spec
+        self._program = programs.products(spec.type)
+        self._units = padded_columns(spec.cols) // UNIT
+        self._plain = spec.type in NATIVE
+        rows, tokens = padded_columns(spec.cols), spec.max_tokens
+        if not self._plain:
+            device.reserve("numbers", MOST_TOKENS * self._units * UNIT)
+            device.reserve("rounded", MOST_TOKENS * self._units * ROUNDED_BYTES)
+        if tokens > MOST_TOKENS:
+            device.reserve("x", tokens * rows * 2)
+            device.reserve("x scales", 4 * tokens)
+            device.reserve("values", min(4 * rows * spec.rows, max(SLAB_BYTES, 4 * rows)))
+
+    # ---- few tokens ----
+
+    def prepare(self, x: Tensor) -> list[Work]:
+        """Rounds x for products of quantised weights."""
+        if self._plain:
+            return []
+        tokens, cols = x.shape
+        launch = self._device.function(programs.program("rows"), "round_rows", FLAT_THREADS)
+        grid = (blocks(self._units, FLAT_THREADS // 32), tokens)
+        return [launch.work(grid, *self._numbers(), x.address, i32(cols), i32(self._units))]
+
+    def _numbers(self) -> tuple[int, int]:
+        return self._device.scratch("numbers").address, self._device.scratch("rounded").address
+
+    def few(self, x: Tensor, parts: Sequence[tuple[Tensor, Weight, Weight | None]]) -> list[Work]:
+        """Products of up to PARTS weights in one launch."""
+        tokens = x.shape[0]
+        variant = next(t for t in PRODUCT_TOKENS if t >= tokens)
+        each = PRODUCT_WARPS * ROWS_PER_WARP[variant]
+        launch = self._device.function(self._program, f"product_{variant}", PRODUCT_THREADS)
+        grid = sum(blocks(w.shape[0], each) for _, w, _ in parts)
+        arguments: list[Any] = []
+        for out, w, bias in parts:
+            arguments += [out.address, w.address, _address(bias), i32(w.shape[0])]
+        arguments += [0, 0, 0, i32(0)] * (PARTS - len(parts))
+        return [launch.work((grid,), *self._x(x), *arguments)]
+
+    def few_gated(
+        self, out: Tensor, x: Tensor, gate: Weight, up: Weight, bias_gate: Weight | None, bias_up: Weight | None
+    ) -> list[Work]:
+        tokens, rows = x.shape[0], gate.shape[0]
+        variant = next(t for t in PRODUCT_TOKENS if t >= tokens)
+        launch = self._device.function(self._program, f"gate_up_{variant}", PRODUCT_THREADS)
+        grid = (blocks(rows, PRODUCT_WARPS * ROWS_PER_WARP[variant]),)
+        pointers = (out.address, gate.address, up.address, _address(bias_gate), _address(bias_up))
+        return [launch.work(grid, *self._x(x), *pointers, i32(rows))]
+
+    def _x(self, x: Tensor) -> tuple[Any, ...]:
+        pointers = (x.address,) if self._plain else self._numbers()
+        return (*pointers, i32(x.shape[0]), i32(self._spec.cols), i32(self._units))
+
+    # ---- many tokens ----
+
+    def convert(self, x: Tensor, kind: Plain) -> list[Work]:
+        """x as cuBLAS takes it. Halves come with a scale a row."""
+        tokens, cols = x.shape
+        if kind == "f32":
+            return []
+        target, stride = self._device.scratch("x").address, padded_columns(cols)
+        rows = programs.program("rows")
+        if kind == "f16":
+            launch = self._device.function(rows, "to_halves", ROW_THREADS)
+            scales = self._device.scratch("x scales").address
+            return [launch.work((tokens,), target, scales, x.address, i32(cols), i32(stride))]
+        launch = self._device.function(rows, "to_brains", FLAT_THREADS)
+        return [launch.work((blocks(stride, FLAT_THREADS), tokens), target, x.address, i32(cols), i32(stride))]
+
+    def many(self, out: int, x: Tensor, w: Weight) -> list[Work]:
+        """A product of the converted x, without the scales of its rows. `out`: an address."""
+        (tokens, cols), (rows, _), stride = x.shape, w.shape, padded_columns(self._spec.cols)
+        source, x_stride = (x.address, cols) if w.kind == "f32" else (self._device.scratch("x").address, stride)
+        product = Gemm(w.kind, out, rows, source, x_stride, w.address, stride, tokens, rows, cols)
+        if NATIVE.get(w.type) == w.kind:
+            return [functools.partial(self._device.runtime.gemm, product)]
+        values, width = self._device.scratch("values"), PLAIN_BYTES[w.kind]
+        name = "to_floats" if w.kind == "f32" else "to_half_values"
+        launch = self._device.function(self._program, name, FLAT_THREADS)
+        works: list[Work] = []
+        slab = min(values.nbytes // (stride * width), 65535)  # the most blocks along y
+        for first in range(0, rows, slab):
+            count = min(slab, rows - first)
+            grid = (blocks(stride // 8, FLAT_THREADS), count)
+            works.append(launch.work(grid, values.address, w.address, i32(rows), i32(self._units), i32(first)))
+            part = product._replace(out=out + 4 * first, w=values.address, rows=count)
+            works.append(functools.partial(self._device.runtime.gemm, part))
+        return works
+
+    def finish(self, out: Tensor, kind: Plain, bias: Weight | None) -> list[Work]:
+        """The scales of x's rows, and the bias."""
+        scales = self._device.scratch("x scales").address if kind == "f16" else 0
+        if not scales and bias is None:
+            return []
+        tokens, width = out.shape
+        launch = self._device.function(programs.program("rows"), "finish", FLAT_THREADS)
+        return [launch.work((blocks(width, FLAT_THREADS), tokens), out.address, scales, _address(bias), i32(width))]
+
+
+def matmul(device: CudaDevice, spec: MatmulSpec) -> Kernel:
+    product = Products(device, spec)
+
+    def works(out: Tensor, x: Tensor, w: Weight, bias: Weight | None) -> list[Work]:
+        if x.shape[0] <= MOST_TOKENS:
+            return product.prepare(x) + product.few(x, [(out, w, bias)])
+        return product.convert(x, w.kind) + product.many(out.address, x, w) + product.finish(out, w.kind, bias)
+
+    return Site(device, spec, works)
+
+
+def matmul_group(device: CudaDevice, spec: MatmulGroupSpec) -> Kernel:
+    """Weights of one type share a launch; x is prepared once for all that take it the same way."""
+    products = {part.type: Products(device, part) for part in spec.parts}
+    n = len(spec.parts)
+
+    def works(*args: Any) -> list[Work]:
+        outs, x, weights, biases = args[:n], args[n], args[n + 1 : 2 * n + 1], args[2 * n + 1 :]
+        parts = list(zip(outs, weights, biases, strict=True))
+        few = x.shape[0] <= MOST_TOKENS
+        return _few_parts(products, x, parts) if few else _many_parts(products, x, parts)
+
+    return Site(device, spec, works)
+
+
+def _few_parts(
+    products: dict[str, Products], x: Tensor, parts: Sequence[tuple[Tensor, Weight, Weight | None]]
+) -> list[Work]:
+    works: list[Work] = []
+    rounded = False
+    for kind, product in products.items():
+        same = [part for part in parts if part[1].type == kind]
+        if kind not in NATIVE and not rounded:  # rounding is the same for all quantised types
+            works += product.prepare(x)
+            rounded = True
+        for first in range(0, len(same), PARTS):
+            works += product.few(x, same[first : first + PARTS])
+    return works
+
+
+def _many_parts(
+    products: dict[str, Products], x: Tensor, parts: Sequence[tuple[Tensor, Weight, Weight | None]]
+) -> list[Work]:
+    works: list[Work] = []
+    converted: Plain | None = None
+    for out, w, bias in parts:
+        product = products[w.type]
+        if w.kind != converted:
+            works += product.convert(x, w.kind)
+            converted = w.kind
+        works += product.many(out.address, x, w) + product.finish(out, w.kind, bias)
+    return works
+
+
+def gate_up_swiglu(device: CudaDevice, spec: GateUpSwigluSpec) -> Kernel | None:
+    """One kernel for both products and the activation. Declined where the two weights are of different types."""
+    if (spec.gate.type, spec.gate.rows, spec.gate.cols) != (spec.up.type, spec.up.rows, spec.up.cols):
+        return None
+    product = Products(device, spec.gate)
+    if spec.max_tokens > MOST_TOKENS:
+        for name in ("gate", "up"):
+            device.reserve(name, 4 * spec.max_tokens * spec.gate.rows)
+
+    def works(
+        out: Tensor, x: Tensor, gate: Weight, up: Weight, bias_gate: Weight | None, bias_up: Weight | None
+    ) -> list[Work]:
+        if x.shape[0] <= MOST_TOKENS:
+            return product.prepare(x) + product.few_gated(out, x, gate, up, bias_gate, bias_up)
+        return _many_gated(device, product, out, x, (gate, up), (bias_gate, bias_up))
+
+    return Site(device, spec, works)
+
+
+def _many_gated(
+    device: CudaDevice,
+    product: Products,
+    out: Tensor,
+    x: Tensor,
+    weights: tuple[Weight, Weight],
+    biases: tuple[Weight | None, Weight | None],
+) -> list[Work]:
+    """Each product into scratch memory of its own, then one kernel with scales, biases and the activation."""
+    # a value beyond halves makes both products float32, so that they share x and its scales
+    kind: Plain = "f32" if "f32" in (weights[0].kind, weights[1].kind) else weights[0].kind
+    tokens, width = out.shape
+    gate, up = (device.scratch(name).address for name in ("gate", "up"))
+    works = product.convert(x, kind)
+    for target, weight in zip((gate, up), weights, strict=True):
+        works += product.many(target, x, weight if weight.kind == kind else _as(weight, kind))
+    scales = device.scratch("x scales").address if kind == "f16" else 0
+    launch = device.function(programs.program("rows"), "finish_gated", FLAT_THREADS)
+    pointers = (out.address, gate, up, scales, _address(biases[0]), _address(biases[1]))
+    return [*works, launch.work((blocks(width, FLAT_THREADS), tokens), *pointers, i32(width))]
+
+
+def _as(weight: Weight, kind: Plain) -> Weight:
+    return Weight(weight.allocation, weight.type, weight.shape, weight.nbytes, kind)

@@ -1,0 +1,48 @@
+"""The conformance suite over an emulated card: the kernels as they are, every operation, whole models.
+
+A selection, for its time: `pytest --pyargs llorch.providers.conformance --provider cuda-emulated` with the same path
+takes all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import NO_COMPILER
+from emulator.runtime import compiler
+
+WIDE = "not test_models and not matmul_shapes and not gate_up and not head_geometries"
+SELECTION = {
+    "operations": f"{WIDE} and not test_attention and not test_device",
+    "products": "(matmul_shapes and (257-768-7 or 48-512-33 or 1-256-2)) or (gate_up and offered)",
+    "attention": f"test_attention and (({WIDE}) or (head_geometries and (8-1 or 6-3)))",
+    "device": "test_device",
+    "models": "(greedy_tokens_equal and (Q4_0 or Q6_K or F16)) or share_steps or (every_position and Q5_K)",
+}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulated provider as an installed one, for the processes of these tests alone."""
+    folder = tmp_path_factory.mktemp("site")
+    info = folder / "cuda_emulated-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cuda-emulated\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[llorch.providers]\ncuda-emulated = emulator.provider:provider\n")
+    return folder
+
+
+@pytest.mark.skipif(compiler() is None, reason=NO_COMPILER)
+@pytest.mark.parametrize("part", SELECTION)
+def test_the_suite_passes(site: Path, part: str) -> None:
+    path = os.pathsep.join([str(site), str(Path(__file__).parent)])
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["--pyargs", "llorch.providers.conformance", "--provider", "cuda-emulated", "-k", SELECTION[part]]
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

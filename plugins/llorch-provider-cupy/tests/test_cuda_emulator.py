@@ -1,0 +1,99 @@
+"""The emulator finds what a card would not tell: the suite over it proves nothing otherwise."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from conftest import NO_COMPILER
+from emulator.runtime import EmulatorError, HostRuntime, build, compiler
+from llorch_provider_cupy.programs import Program, program
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason=NO_COMPILER)
+
+
+@dataclass(frozen=True)
+class Written(Program):
+    """A program of one kernel, `kernel(int *out)`, whose body a test gives."""
+
+    body: str = ""
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return ("kernel",)
+
+    @property
+    def source(self) -> str:
+        return program("rope").source + f"\nKERNEL(64) kernel(int *out) {{ {self.body} }}\n"
+
+
+def run(body: str, threads: int = 64, size: int = 64) -> list[np.ndarray]:
+    """Two launches, which the emulator runs in opposite orders."""
+    card, found = HostRuntime(), []
+    memory = card.allocate(4 * size)
+    function = card.function(Written("rope", (), body), "kernel")
+    for _ in range(2):
+        card.upload(memory.address, np.full(size, -1, np.int32))
+        card.launch(function, (1, 1, 1), threads, (np.uint64(memory.address),))
+        found.append(np.empty(size, np.int32))
+        card.download(found[-1], memory.address)
+    return found
+
+
+def test_threads_share_memory_and_wait_for_each_other() -> None:
+    first, second = run(
+        "SHARED(int, all, 64); all[threadIdx.x] = threadIdx.x; "
+        "__syncthreads(); out[threadIdx.x] = all[63 - threadIdx.x];"
+    )
+    assert first.tolist() == second.tolist() == list(range(63, -1, -1))
+
+
+def test_a_missing_barrier_gives_different_results() -> None:
+    first, second = run(
+        "SHARED(int, all, 64); all[threadIdx.x] = threadIdx.x; out[threadIdx.x] = all[63 - threadIdx.x];"
+    )
+    assert first.tolist() != second.tolist()
+
+
+def test_shuffles_are_of_a_warp() -> None:
+    first, _ = run("out[threadIdx.x] = __shfl_xor_sync(ALL_LANES, (int)threadIdx.x, 1);")
+    assert first.tolist() == [i ^ 1 for i in range(64)]
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("out[64] = 1;", "written outside"),
+        ("out[-1] = 1;", "written outside"),
+        ("SHARED(int, all, 8); SHARED(int, more, 8); all[8] = more[0] = 0;", "behind an array in shared memory"),
+        ("if (threadIdx.x < 7) __syncthreads();", "wait for others that have returned"),
+        ("if (threadIdx.x < 7) {\n__syncthreads(); } else {\n__syncthreads(); }", "different barriers"),
+        ("if (threadIdx.x % 2) return; out[0] = __shfl_sync(ALL_LANES, 1, 0);", "wait for others that have returned"),
+    ],
+)
+def test_what_a_kernel_must_not_do_is_an_error(body: str, what: str) -> None:
+    with pytest.raises(EmulatorError, match=what):
+        run(body)
+
+
+def test_arguments_of_other_sizes_are_an_error() -> None:
+    card = HostRuntime()
+    function = card.function(Written("rope", (), "out[0] = 1;"), "kernel")
+    with pytest.raises(EmulatorError, match="arguments are not those"):
+        card.launch(function, (1, 1, 1), 64, (np.int32(0),))
+
+
+def test_memory_starts_as_nan() -> None:
+    card, found = HostRuntime(), np.empty(4, np.float32)
+    memory = card.allocate(16)
+    card.download(found, memory.address)
+    assert np.isnan(found).all()
+
+
+def test_a_program_is_a_library_with_all_its_kernels() -> None:
+    rows = program("rows")
+    library = build(rows)
+    assert isinstance(library, ctypes.CDLL)
+    assert all(hasattr(library, f"run_{name}") for name in rows.kernels)
