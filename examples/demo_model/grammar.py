@@ -13,27 +13,32 @@ from dataclasses import dataclass
 
 _INNERMOST = re.compile(r"\[([^\[\]]*)\]")
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # A story may be asked for with any of these; the ones with a vowel need "an".
-KINDS = (
+KINDS = _words(
     "fox bear rabbit mouse owl cat dog hedgehog frog duck squirrel turtle lion elephant otter badger wolf deer goat "
     "sheep horse cow pig hen bee whale dragon robot penguin crab snail kitten puppy girl boy giraffe monkey tiger zebra "
     "koala kangaroo parrot crow swan beaver mole bat seal dolphin octopus lizard camel donkey panda unicorn fairy giant "
     "wizard pirate knight princess ant spider butterfly ladybug lamb pony raccoon moose sparrow chick"
-).split()
+)
 FEMALE, MALE = ("girl", "princess", "hen", "cow", "fairy"), ("boy", "wizard", "knight", "pirate", "giant")
 
-HER_NAMES = (
+HER_NAMES = _words(
     "Luna Mia Daisy Bella Lily Ruby Molly Poppy Rosie Nina Ivy Hazel Willow Ella Olive Tilly Clara Pearl Maya Penny Dora "
     "Zoe Fern Honey Kiki Lola Nora Sunny Tara Wendy Anna Emma Sara Lucy Amy Grace Ada Elsa Greta Frida"
-).split()
-HIS_NAMES = (
+)
+HIS_NAMES = _words(
     "Pip Max Tom Leo Oliver Ben Sam Finn Toby Jack Milo Otto Bruno Felix Oscar Teddy Gus Hugo Rufus Barney Charlie Archie "
     "Bob Tim Rex Bobo Nico Paco Ziggy Wally Dan Jim Noah Luke Henry Fred George Alfie Theo Kit"
-).split()
-_ONSETS = "b d f g h j k l m n p r s t v w z br cl dr fl gr pl sn st tr ch sh th qu".split()
-_VOWELS = "a e i o u ee oo ai".split()
+)
+_ONSETS = _words("b d f g h j k l m n p r s t v w z br cl dr fl gr pl sn st tr ch sh th qu")
+_VOWELS = _words("a e i o u ee oo ai")
 _CODAS = ["", "", "", "n", "m", "l", "r", "s", "x", "t", "ck", "mp", "nk", "ff"]
-_ENDS = "a o i y ie us in el er a o y".split()
+_ENDS = _words("a o i y ie us in el er a o y")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ THINGS = (
     "red ball/blue hat/yellow kite/little boat/green scarf/silver bell/shiny button/wooden drum/golden key/toy train/"
     "warm blanket/picture book/small lantern/soft pillow/purple umbrella/wooden spoon/glass marble/brown teddy bear"
 )
-FOODS = "apple pie/honey cake/berry jam/warm bread/carrot soup/pear tart/nut cookies/pumpkin soup/cherry cake/oat biscuits"
+FOODS = (
+    "apple pie/honey cake/berry jam/warm bread/carrot soup/pear tart/nut cookies/pumpkin soup/cherry cake/oat biscuits"
+)
 SKILLS = "swim/sing/dance/paint/climb/skate/read/whistle/juggle/bake/ride a bike/fly a kite/play the flute/tie a knot"
 MORALS = [
     "[From that day on|After that day|Ever since that day], {hero} and {friend} were [best friends|good friends|never apart].",
@@ -49,11 +51,11 @@ PLOTS: dict[str, list[str]] = {
         "{hero} looked [under the bed|behind the door|in every box|under the table] and [near {place}|in the garden|on the "
         "path], but {he} could not find it.",
         "{He} [sat down and cried|felt very sad|did not know what to do].",
-        "Then {friend} the {friend_kind} [came by|walked past|came along the path] and asked, \"[Why are you so sad|What is "
-        "wrong|Can I help you], {hero}?\"",
-        "\"I [lost|cannot find] my {thing},\" said {hero}.",
-        "\"[Do not worry|Don't be sad],\" said {friend}. \"[We will look for it together|Two can look better than one|Let us "
-        "look near {place}].\"",
+        'Then {friend} the {friend_kind} [came by|walked past|came along the path] and asked, "[Why are you so sad|What is '
+        'wrong|Can I help you], {hero}?"',
+        '"I [lost|cannot find] my {thing}," said {hero}.',
+        '"[Do not worry|Don\'t be sad]," said {friend}. "[We will look for it together|Two can look better than one|Let us '
+        'look near {place}]."',
         "They [searched|looked] [all day|for a long time|high and low], and at last {friend} [saw|found] it [under a bush|on "
         "a branch|behind a big stone|in the tall grass].",
         "{hero} [hugged {friend}|jumped with joy|thanked {friend} again and again].",
@@ -62,14 +64,14 @@ PLOTS: dict[str, list[str]] = {
         "{hero} was [lonely|often alone], because [there was nobody to play with|{he} was too shy to speak to the others|{he} "
         "had just moved there].",
         "One [day|morning|afternoon], {he} [saw|met] {friend_a} [sitting|resting|singing] near {place}.",
-        "\"[Hello|Good day|Hi]! [My name is|I am] {hero},\" {he} said [in a small voice|softly|with a shy smile].",
-        "\"And I am {friend},\" said the {friend_kind}. \"[Do you want to play|Would you like to play with me|Shall we "
-        "play]?\"",
+        '"[Hello|Good day|Hi]! [My name is|I am] {hero}," {he} said [in a small voice|softly|with a shy smile].',
+        '"And I am {friend}," said the {friend_kind}. "[Do you want to play|Would you like to play with me|Shall we '
+        'play]?"',
         "They played [hide and seek|catch|with a {thing}|in the grass] until [the sun went down|the stars came out|it was "
         "time for supper].",
         "{friend} [shared|gave {hero} half of] {f_his} {food}, and it [tasted wonderful|was delicious].",
-        "\"[Will you come back tomorrow|Can we play again tomorrow]?\" asked {friend}.",
-        "\"[Yes, I will|Of course|I would love to],\" said {hero}, and {he} [ran home with a big smile|felt warm inside].",
+        '"[Will you come back tomorrow|Can we play again tomorrow]?" asked {friend}.',
+        '"[Yes, I will|Of course|I would love to]," said {hero}, and {he} [ran home with a big smile|felt warm inside].',
     ],
     "a storm": [
         "One [evening|night|afternoon], [dark clouds covered the sky|a big storm came|the wind began to howl].",
@@ -77,9 +79,9 @@ PLOTS: dict[str, list[str]] = {
         "{hero} was [safe and dry|sitting by the fire|about to go to sleep] when {he} heard [a knock at the door|a small cry "
         "outside|someone call for help].",
         "It was {friend} the {friend_kind}, [wet and cold|shaking from the cold|tired and afraid].",
-        "\"[My home is full of water|The wind took my roof|I lost my way in the dark],\" said {friend}. \"[May I stay here|Can "
-        "I come in]?\"",
-        "\"[Come in, come in|Of course you can|You are welcome here],\" said {hero}.",
+        '"[My home is full of water|The wind took my roof|I lost my way in the dark]," said {friend}. "[May I stay here|Can '
+        'I come in]?"',
+        '"[Come in, come in|Of course you can|You are welcome here]," said {hero}.',
         "{He} gave {friend} a [warm|dry|soft] blanket and a [bowl|plate] of {food}.",
         "All night they [told stories|sang songs|played games] while the storm [raged|roared] outside.",
         "In the morning the sun [was shining|came out again], and {hero} helped {friend} [build a new home|clean up|find the way "
@@ -89,55 +91,55 @@ PLOTS: dict[str, list[str]] = {
         "{hero} wanted to learn to {skill}[|, more than anything else].",
         "{He} tried [once|in the morning], but {he} [failed|could not do it|fell down with a bump].",
         "{He} tried again [after lunch|the next day], and [it went wrong again|still {he} could not do it].",
-        "\"[I will never learn it|It is too hard|I give up],\" {he} [sighed|said sadly|cried].",
-        "{friend} the {friend_kind} [heard {him}|was watching|came closer] and said, \"[Nobody learns it in one day|I could not do "
-        "it at first either|Small steps are steps too].\"",
+        '"[I will never learn it|It is too hard|I give up]," {he} [sighed|said sadly|cried].',
+        '{friend} the {friend_kind} [heard {him}|was watching|came closer] and said, "[Nobody learns it in one day|I could not do '
+        'it at first either|Small steps are steps too]."',
         "[Every day|Each morning|For a whole week], {friend} [helped {him}|showed {him} how|practised with {him}] near {place}.",
         "{hero} [fell and got up again|made many mistakes|worked hard], [but {he} did not stop|and each day it went a little "
         "better].",
         "[One fine day|At last|Then, one morning], {hero} could {skill}!",
-        "\"[Look at me|I can do it|I did it]!\" {he} [shouted|called], and {friend} [clapped|cheered|laughed with joy].",
+        '"[Look at me|I can do it|I did it]!" {he} [shouted|called], and {friend} [clapped|cheered|laughed with joy].',
     ],
     "sharing": [
         "One [day|morning], {hero} [made|baked|cooked] {food}[| for supper].",
         "It smelled so good that [{his} nose danced|the whole valley noticed|even the birds came closer].",
-        "\"It is all mine,\" {hero} thought, and {he} [closed the door|hid it in a basket|carried it away to {place}].",
+        '"It is all mine," {hero} thought, and {he} [closed the door|hid it in a basket|carried it away to {place}].',
         "On the way {he} met {friend} the {friend_kind}, who had [nothing to eat|an empty basket|been hungry all day].",
         "{friend} did not ask for anything, but [{f_his} stomach did|{f_his} eyes were sad].",
         "{hero} looked at the {food} and [thought for a while|then at {friend}|felt sorry].",
-        "\"[Please, have some|Sit down and eat with me|Half of it is for you],\" {he} said.",
+        '"[Please, have some|Sit down and eat with me|Half of it is for you]," {he} said.',
         "They ate together [under the sky|by {place}|in the warm sun], and [it tasted better than ever|there was enough for both].",
         "The next day {friend} came back with [a basket of berries|a jar of honey|fresh bread] for {hero}.",
     ],
     "a birthday": [
         "It was {hero}'s birthday, but [nobody said a word|everyone seemed to have forgotten it|no one came to {his} door].",
         "{He} [walked|went] to {place} [alone|all alone|with a heavy heart].",
-        "\"[Maybe|Perhaps] [nobody remembers me|they are all too busy],\" {he} thought.",
-        "Then {friend} the {friend_kind} came running. \"[Come quickly|Hurry, hurry|Come with me], {hero}!\" {f_he} called.",
+        '"[Maybe|Perhaps] [nobody remembers me|they are all too busy]," {he} thought.',
+        'Then {friend} the {friend_kind} came running. "[Come quickly|Hurry, hurry|Come with me], {hero}!" {f_he} called.',
         "{hero} followed {friend} [over the hill|down the path|past {place}] as fast as {he} could.",
         "[Behind the trees|In the garden|At {friend}'s house] there were [lights|flowers|balloons], a [table|blanket] full of "
         "{food}, and all {his} friends.",
-        "\"[Surprise|Happy birthday], {hero}!\" they [shouted|sang|called] together.",
+        '"[Surprise|Happy birthday], {hero}!" they [shouted|sang|called] together.',
         "{friend} gave {him} a {thing}, and {hero} [did not know what to say|laughed and cried at once|hugged everyone].",
     ],
     "a night in the dark": [
         "{hero} was afraid of the dark.",
         "[Every night|Each evening] {he} [left a candle on|hid under the blanket|asked for one more story].",
         "One night, {he} heard [a soft song|a quiet voice|a small sound] [outside the window|near {place}].",
-        "It was {friend} the {friend_kind}. \"[Come out and look at the sky|The night is beautiful|Do not be afraid],\" {f_he} "
+        'It was {friend} the {friend_kind}. "[Come out and look at the sky|The night is beautiful|Do not be afraid]," {f_he} '
         "said.",
         "{hero} [took a deep breath|opened the door slowly|held {friend} tight] and [stepped outside|went out].",
         "[A thousand stars|More stars than {he} could count|A big round moon and many stars] [shone|glittered] above {place}.",
-        "\"[The dark is only the day, asleep|Without the dark we could not see the stars],\" said {friend}.",
+        '"[The dark is only the day, asleep|Without the dark we could not see the stars]," said {friend}.',
         "They [counted stars|watched the moon|listened to the wind] until {hero} was [no longer afraid|calm and happy].",
     ],
     "a seed": [
         "One spring day, {friend} the {friend_kind} gave {hero} a [tiny|small|round] seed.",
-        "\"[Plant it and be patient|Give it water and time|It needs water, sun and love],\" said {friend}.",
+        '"[Plant it and be patient|Give it water and time|It needs water, sun and love]," said {friend}.',
         "{hero} [put|planted] it in the [soft|dark|warm] earth near {place}.",
         "The next day {he} looked, but [nothing had happened|there was nothing to see].",
-        "\"[Is it asleep|Did I do it wrong|When will it grow]?\" {he} asked.",
-        "\"[Wait a little longer|Good things take time|It is working where you cannot see it],\" said {friend}.",
+        '"[Is it asleep|Did I do it wrong|When will it grow]?" {he} asked.',
+        '"[Wait a little longer|Good things take time|It is working where you cannot see it]," said {friend}.',
         "{hero} [gave it water every morning|sang to it every evening|watched over it day after day].",
         "[After many days|Some weeks later|Then, one morning], a small green leaf [came out|looked out of the earth].",
         "In summer it was [a tall sunflower|a rose bush|a little apple tree|a big pumpkin plant], and everyone came to [see "
@@ -146,24 +148,24 @@ PLOTS: dict[str, list[str]] = {
     "a rescue": [
         "One [day|afternoon], {hero} heard [someone shouting|a cry|a call for help] near {place}.",
         "{friend} the {friend_kind} was stuck [in the mud|between two rocks|in a deep hole|in a net].",
-        "\"[Help me, please|I cannot get out|Please do not leave me here]!\" cried {friend}.",
+        '"[Help me, please|I cannot get out|Please do not leave me here]!" cried {friend}.',
         "{hero} [pulled|pushed and pulled] with all {his} strength, but [it was not enough|{friend} did not move].",
         "Then {he} had an idea. {He} [found a long branch|took a strong rope|used {his} {thing}].",
-        "\"Hold on [tight|to this]!\" {he} said. \"One, two, three!\"",
+        '"Hold on [tight|to this]!" {he} said. "One, two, three!"',
         "With a loud [pop|plop], {friend} was free.",
-        "\"[You saved me|Thank you, thank you|How can I ever thank you]!\" said {friend}. \"[You are so brave|You are a true "
-        "friend].\"",
-        "{hero} [smiled|blushed] and said, \"[Anyone would have done it|That is what friends are for|I am glad you are safe].\"",
+        '"[You saved me|Thank you, thank you|How can I ever thank you]!" said {friend}. "[You are so brave|You are a true '
+        'friend]."',
+        '{hero} [smiled|blushed] and said, "[Anyone would have done it|That is what friends are for|I am glad you are safe]."',
     ],
     "a journey": [
         "{hero} had always wanted to see what was behind {place}.",
         "One [early|bright|misty] morning {he} packed [some {food}|a {thing} and some bread] and [set out|left home].",
         "{He} walked [over hills and fields|through the tall grass|along a winding path] until {his} feet were tired.",
-        "At a crossing {he} met {friend} the {friend_kind}. \"[Where are you going|May I come along]?\" asked {friend}.",
-        "\"To [the other side|see the world|find out what is there],\" said {hero}. \"[Come with me|Let us go together]!\"",
+        'At a crossing {he} met {friend} the {friend_kind}. "[Where are you going|May I come along]?" asked {friend}.',
+        '"To [the other side|see the world|find out what is there]," said {hero}. "[Come with me|Let us go together]!"',
         "They crossed [a river|a dark wood|an old bridge] and [climbed|walked up] [a steep hill|many stairs of stone].",
         "From the top they saw [the wide blue sea|a valley full of flowers|a hundred little lakes|a rainbow over the land].",
-        "\"[It was worth every step|I have never seen anything so beautiful],\" said {hero}.",
+        '"[It was worth every step|I have never seen anything so beautiful]," said {hero}.',
         "[In the evening|When the sun was low], they [turned back|walked home] and [sang|talked] all the way.",
     ],
     "a broken {thing_noun}": [
@@ -171,10 +173,10 @@ PLOTS: dict[str, list[str]] = {
         "But {hero} [was not careful|ran too fast|dropped it], and it broke.",
         "{He} [hid the pieces|wanted to run away|was very afraid] and [did not say anything|said nothing].",
         "[All day|All night] {he} [felt bad|could not think of anything else|had a stone in {his} stomach].",
-        "[In the end|At last|The next morning], {he} went to {friend} and said, \"[I broke your {thing}|It was me]. [I am so "
-        "sorry|Please forgive me].\"",
+        '[In the end|At last|The next morning], {he} went to {friend} and said, "[I broke your {thing}|It was me]. [I am so '
+        'sorry|Please forgive me]."',
         "{friend} [was quiet for a while|looked at the pieces] and then [smiled|nodded].",
-        "\"[Thank you for telling me|It was brave to tell the truth|Things can be mended],\" {f_he} said.",
+        '"[Thank you for telling me|It was brave to tell the truth|Things can be mended]," {f_he} said.',
         "Together they [mended it with glue|fixed it with string|put the pieces together], and it was [almost as good as "
         "new|even nicer than before].",
     ],

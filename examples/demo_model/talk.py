@@ -84,7 +84,9 @@ ASK = (
     "[Tell me|Please tell me|Can you tell me|Could you tell me|I want to hear|I would like|Write|Write me|Give me|Tell us] "
     "[a story|a short story|a little story|a bedtime story|a nice story|a tale]"
 )
-CONTINUE = "[Continue|Go on with|Finish|Complete|Please continue] [this story|the story|my story|this][: |:\n|. ]{start}"
+CONTINUE = (
+    "[Continue|Go on with|Finish|Complete|Please continue] [this story|the story|my story|this][: |:\n|. ]{start}"
+)
 SUM_QUESTION = "[What is|What's|How much is|Tell me|Can you add|Please tell me][?| ] {sum}[?|]"
 
 
@@ -186,7 +188,9 @@ def simple_sum(rng: random.Random) -> Turn:
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
     word = {"+": "plus", "-": "minus", "*": "times"}[sign]
     written = rng.choice([f"{a} {sign} {b}", f"{a}{sign}{b}", f"{a} {word} {b}"])
-    question = rng.choice([f"What is {written}?", f"what is {written}", f"How much is {written}?", written, f"{written}?"])
+    question = rng.choice(
+        [f"What is {written}?", f"what is {written}", f"How much is {written}?", written, f"{written}?"]
+    )
     return question, f"{a} {word} {b} is {result}."
 
 

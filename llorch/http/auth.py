@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
+from llorch.http import page
 from llorch.http.errors import send_json
 
-OPEN_PATHS = frozenset({"/", "/health"})
+OPEN_PATHS = page.OPEN_PATHS | {"/health"}
 
 
 class APIKeys:
