@@ -18,6 +18,7 @@ memory bandwidth measured between the same rounds over the bytes of the matrices
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -38,6 +39,8 @@ def main() -> None:
     if arguments.worker:
         print(json.dumps(_WORKERS[arguments.worker](arguments)))
         return
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:  # now, and not when all is measured
+        raise SystemExit("--plot needs matplotlib: pip install 'llorch[bench]'")
     names = [PEER, *(name.strip() for name in arguments.provider.split(","))]
     rounds: dict[str, list[Figures]] = {name: [] for name in [MEMORY, *names]}
     for i in range(arguments.rounds):
@@ -65,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="processes of each (%(default)s)")
     parser.add_argument("--passes", type=int, default=3, help="measurements in a process (%(default)s)")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
-    parser.add_argument("--plot", type=Path, help="draw the comparison into this PNG (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="draw the comparison into this PNG (extra `bench`)")
     parser.add_argument("--worker", choices=[*_WORKERS], help=argparse.SUPPRESS)
     return parser
 
@@ -221,8 +224,8 @@ def _plot(result: dict[str, Any], path: Path) -> None:
         below = [row["tokens_per_second"] - row["low"] for row in rows]
         above = [row["high"] - row["tokens_per_second"] for row in rows]
         colours = ["#888888" if row["engine"] == PEER else "#2a6fb0" for row in rows]
-        bars = panel.bar([row["engine"] for row in rows], medians, yerr=[below, above], color=colours, capsize=4)
-        panel.bar_label(bars, fmt="%.1f", label_type="center", color="white")
+        names = [f"{row['engine']}\n{row['tokens_per_second']:.1f}" for row in rows]
+        panel.bar(names, medians, yerr=[below, above], color=colours, capsize=4)
         if test.startswith("tg"):
             panel.axhline(result["limit_tokens_per_second"], color="#b03030", linestyle="--", label="memory bandwidth")
             panel.legend()

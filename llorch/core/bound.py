@@ -47,7 +47,8 @@ class BoundModel:
     def _bind(self, *, fused: bool) -> tuple[Runner, str]:
         binder = Binder(self.device, self.provider.operations(), self.provider.name, fused=fused)
         graph = Graph(binder, self.weights.bound, self.limits, self._cache, self.cache_spec, self._inputs, self._batch)
-        architecture(self.config).build(self.config, graph, self.weights.host.get("rope_freqs.weight"))
+        factors = self.config.rope_scaling.factors(self.weights.host, self.limits.max_context)
+        architecture(self.config).build(self.config, graph, factors)
         for k in CANDIDATES:
             if k <= self.config.vocab_size:
                 graph.candidates(graph.logits, k)

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from llorch.core.gguf import GGUFFile
+from llorch.core.gguf import GGUFFile, describe
 from llorch.core.models import ARCHITECTURES
+from llorch.core.rope import KINDS, RopeScaling
 from llorch.errors import GGUFError, UnsupportedModelError
+
+RECONVERT = "convert the model again with a current converter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,8 @@ class ModelConfig:
     rms_eps: float  # attention.layer_norm_rms_epsilon
     rope_dim: int  # rope.dimension_count
     rope_base: float  # rope.freq_base
-    rope_scale: float  # linear scaling: positions are divided by it
+    rope_scaling: RopeScaling  # rope.scaling.*
+    window: int | None  # attention.sliding_window: how many tokens a query sees, itself included; None for all
     attention_scale: float  # attention.scale; 1 / sqrt(head_dim) by default
     quant_kind: str  # the weight type that holds most bytes
 
@@ -39,12 +43,8 @@ class ModelConfig:
         return _read(file)
 
     def rope_frequencies(self, factors: np.ndarray | None = None) -> tuple[float, ...]:
-        """Radians per position of each rotated pair: base^(-2i/d) / scale / factor_i (RoFormer, section 3.2.2)."""
-        exponents = np.arange(0, self.rope_dim, 2, dtype=np.float64) / self.rope_dim
-        frequencies = self.rope_base**-exponents / self.rope_scale
-        if factors is not None:
-            frequencies = frequencies / factors.astype(np.float64)
-        return tuple(float(f) for f in frequencies)
+        """Radians per position of each rotated pair, scaling included; `factors` [rope_dim / 2] divide them."""
+        return self.rope_scaling.frequencies(self.rope_dim, self.rope_base, factors)
 
 
 class _Reader:
@@ -54,42 +54,52 @@ class _Reader:
         self.file, self.architecture = file, architecture
 
     def integer(self, key: str, default: int | None = None, low: int = 1, high: int = 1 << 31) -> int:
-        full = f"{self.architecture}.{key}"
-        value: Any = self.file.metadata.get(full, default)
-        if value is None:
-            raise GGUFError(f"{self.file.path}: metadata field {full} is missing; the file cannot be served without it")
+        value = self._value(key, default)
         if isinstance(value, np.ndarray):  # per layer; llorch serves models whose layers agree
-            distinct = sorted({int(v) for v in value})
-            if len(distinct) != 1:
-                raise UnsupportedModelError(
-                    f"{self.file.path}: {full} differs from layer to layer ({distinct}): not supported"
-                )
-            value = distinct[0]
+            value = self._same_everywhere(key, value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise GGUFError(f"{self.file.path}: metadata field {full} is {value!r}, expected an integer")
+            raise GGUFError(f"{self.where(key)} is {describe(value)}, expected an integer; {RECONVERT}")
         if not low <= value <= high:
-            raise GGUFError(f"{self.file.path}: metadata field {full} is {value}, expected {low} to {high}")
+            raise GGUFError(f"{self.where(key)} is {value}, expected {low} to {high}; {RECONVERT}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        full = f"{self.architecture}.{key}"
-        value: Any = self.file.metadata.get(full, default)
-        if value is None:
-            raise GGUFError(f"{self.file.path}: metadata field {full} is missing; the file cannot be served without it")
+    def number(self, key: str, default: float | None = None, *, low: float = 0.0) -> float:
+        """A finite number above `low`."""
+        value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise GGUFError(f"{self.file.path}: metadata field {full} is {value!r}, expected a number")
-        if not np.isfinite(value) or value <= 0:
-            raise GGUFError(f"{self.file.path}: metadata field {full} is {value}, expected a positive number")
+            raise GGUFError(f"{self.where(key)} is {describe(value)}, expected a number; {RECONVERT}")
+        if not np.isfinite(value) or value <= low:
+            raise GGUFError(f"{self.where(key)} is {value}, expected a finite number above {low:g}; {RECONVERT}")
         return float(value)
+
+    def where(self, key: str) -> str:
+        """File, field and offset, as messages begin."""
+        return f"{self.file.path}: {self.file.where(f'{self.architecture}.{key}')}"
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.file.metadata.get(f"{self.architecture}.{key}", default)
+        if value is None:
+            raise GGUFError(f"{self.where(key)} is missing; the file cannot be served without it")
+        return value
+
+    def _same_everywhere(self, key: str, values: np.ndarray) -> Any:
+        distinct = np.unique(values).tolist()
+        if len(distinct) == 1:
+            return distinct[0]
+        if not distinct:
+            raise GGUFError(f"{self.where(key)} has 0 entries, expected one a layer; {RECONVERT}")
+        raise UnsupportedModelError(
+            f"{self.where(key)} differs from layer to layer, from {distinct[0]} to {distinct[-1]}: not supported"
+        )
 
 
 def _read(file: GGUFFile) -> ModelConfig:
-    architecture = file.metadata.get("general.architecture")
-    if not isinstance(architecture, str):
-        raise GGUFError(f"{file.path}: metadata field general.architecture is missing or no string")
+    architecture = file.get("general.architecture", str)
     if architecture not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedModelError(f"{file.path}: architecture {architecture!r} is not supported; supported: {known}")
+        raise UnsupportedModelError(
+            f"{file.path}: architecture {architecture[:80]!r} is not supported; supported: {known}"
+        )
     read = _Reader(file, architecture)
     dim, n_heads = read.integer("embedding_length"), read.integer("attention.head_count", high=1 << 16)
     n_kv_heads = read.integer("attention.head_count_kv", n_heads, high=1 << 16)
@@ -97,7 +107,8 @@ def _read(file: GGUFFile) -> ModelConfig:
     _check_heads(file, read, dim, n_heads, n_kv_heads, head_dim)
     rope_dim = read.integer("rope.dimension_count", head_dim, low=2, high=head_dim)
     if rope_dim % 2:
-        raise GGUFError(f"{file.path}: {architecture}.rope.dimension_count is {rope_dim}, expected an even number")
+        raise GGUFError(f"{read.where('rope.dimension_count')} is {rope_dim}, expected an even number; {RECONVERT}")
+    context_length = read.integer("context_length")
     return ModelConfig(
         name=str(file.metadata.get("general.name") or file.path.stem),
         architecture=architecture,
@@ -108,11 +119,12 @@ def _read(file: GGUFFile) -> ModelConfig:
         head_dim=head_dim,
         ffn_dim=read.integer("feed_forward_length"),
         vocab_size=_vocab_size(file, read),
-        context_length=read.integer("context_length"),
+        context_length=context_length,
         rms_eps=read.number("attention.layer_norm_rms_epsilon"),
         rope_dim=rope_dim,
         rope_base=read.number("rope.freq_base", 10000.0),
-        rope_scale=_rope_scale(file, read),
+        rope_scaling=_rope_scaling(file, read, context_length),
+        window=_window(file, read),
         attention_scale=read.number("attention.scale", head_dim**-0.5),
         quant_kind=_quant_kind(file),
     )
@@ -142,17 +154,29 @@ def _vocab_size(file: GGUFFile, read: _Reader) -> int:
     return read.integer("vocab_size")
 
 
-def _rope_scale(file: GGUFFile, read: _Reader) -> float:
-    """The factor of linear scaling, 1 for none. Older files carry `rope.scale_linear` instead of `rope.scaling.*`."""
-    kind = file.metadata.get(f"{read.architecture}.rope.scaling.type")
-    if kind in ("linear", None):
-        legacy = read.number("rope.scale_linear", 1.0)
-        return read.number("rope.scaling.factor", legacy)
-    if kind == "none":
-        return 1.0
-    raise UnsupportedModelError(
-        f"{file.path}: RoPE scaling {kind!r} is not supported; supported: none, linear, and rope_freqs.weight"
+def _rope_scaling(file: GGUFFile, read: _Reader, context_length: int) -> RopeScaling:
+    """Defaults are llama.cpp's. Older files carry `rope.scale_linear` instead of `rope.scaling.*`."""
+    kind = file.get(f"{read.architecture}.rope.scaling.type", str, "linear")
+    if kind not in KINDS:
+        raise UnsupportedModelError(
+            f"{read.where('rope.scaling.type')} is {kind[:80]!r}: not supported; supported: {', '.join(KINDS)}"
+        )
+    extrapolation = read.number("rope.scaling.yarn_ext_factor", 1.0, low=-2.0)
+    return RopeScaling(
+        kind=kind,
+        factor=read.number("rope.scaling.factor", read.number("rope.scale_linear", 1.0)),
+        original_context=read.integer("rope.scaling.original_context_length", context_length),
+        attention_factor=read.number("rope.scaling.attn_factor", 1.0),
+        beta_fast=read.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=read.number("rope.scaling.yarn_beta_slow", 1.0),
+        extrapolation=1.0 if extrapolation < 0 else extrapolation,  # llama.cpp: below 0 is not set
     )
+
+
+def _window(file: GGUFFile, read: _Reader) -> int | None:
+    """llama.cpp ignores the window of this architecture; Mistral 7B v0.1 was trained with one."""
+    window = read.integer("attention.sliding_window", 0, low=0)
+    return window or None
 
 
 def _quant_kind(file: GGUFFile) -> str:

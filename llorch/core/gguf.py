@@ -110,11 +110,13 @@ class GGUFFile:
         if kind is float and type(value) is int:
             return float(value)
         if type(value) is not kind or (kind is list and value and not isinstance(value[0], str)):
-            raise GGUFError(
-                f"{self.path}: metadata field {key} at offset {self._offsets[key]} is {_describe(value)}, "
-                f"expected {_KINDS[kind]}; {_REFETCH}"
-            )
+            raise GGUFError(f"{self.path}: {self.where(key)} is {describe(value)}, expected {_KINDS[kind]}; {_REFETCH}")
         return value
+
+    def where(self, key: str) -> str:
+        """A metadata field as messages name it: its key, and its offset where it has one."""
+        at = f" at offset {self._offsets[key]}" if key in self._offsets else ""
+        return f"metadata field {key}{at}"
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """The raw blocks of a tensor, uint8 [nbytes]: a read-only view on the map, no copy."""
@@ -141,8 +143,8 @@ class GGUFFile:
         alignment = self.get("general.alignment", int, 32)
         if not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
             raise GGUFError(
-                f"{self.path}: metadata field general.alignment at offset {self._offsets['general.alignment']} is "
-                f"{alignment}, expected a power of two up to {MAX_ALIGNMENT}; {_REFETCH}"
+                f"{self.path}: {self.where('general.alignment')} is {alignment}, "
+                f"expected a power of two up to {MAX_ALIGNMENT}; {_REFETCH}"
             )
         return alignment
 
@@ -157,7 +159,8 @@ _KINDS = {
 }
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A value of the metadata, fit for a message."""
     if isinstance(value, str):
         return f"the string '{_shown(value)}'"
     if isinstance(value, np.ndarray):

@@ -218,6 +218,8 @@ class Graph:
             max_blocks=self.batch.block_tables.shape[1],
             max_sequences=self._limits.max_sequences,
             cache_dtype=cache.dtype,
+            # a window that no sequence outgrows is none: kernels without it are simpler
+            window=config.window if config.window and config.window < self._limits.max_context else None,
             **site,
         )
         self._add("attention", spec, out, q, k, v, self._cache.layers[site["layer"]], self.batch)

@@ -174,9 +174,12 @@ def check_layout(params: C.Structure, defaults: dict[str, Any], version: str) ->
 
 
 class LlamaCpp:
-    """A model in llama.cpp: float32 cache, no flash attention, CPU, one thread. A context manager."""
+    """A model in llama.cpp: float32 cache, no flash attention, CPU, one thread. A context manager.
 
-    def __init__(self, path: Path, context: int = 512) -> None:
+    `settings`: further fields of the context's parameters.
+    """
+
+    def __init__(self, path: Path, context: int = 512, **settings: float) -> None:
         self._api = library()
         start = len(_log)
         model_params = self._api.llama_model_default_params()
@@ -189,6 +192,9 @@ class LlamaCpp:
         params.n_threads = params.n_threads_batch = 1
         params.type_k = params.type_v = F32
         params.flash_attn_type = 0
+        for name, value in settings.items():
+            assert hasattr(params, name), name
+            setattr(params, name, value)
         self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp makes no context for {path}: {_complaints(start)}")

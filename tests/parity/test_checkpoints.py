@@ -99,7 +99,7 @@ def config_with(**fields: Any) -> Change:
 
 
 def other_pairing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(llama, "Rotation", lambda _pairing, frequencies: Rotation("half", frequencies))
+    patch.setattr(llama, "Rotation", lambda _pairing, *rest: Rotation("half", *rest))
 
 
 def weights_with(change: Callable[[str, np.ndarray], np.ndarray]) -> Change:

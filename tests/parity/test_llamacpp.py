@@ -204,7 +204,7 @@ def wrong_eps(path: Path) -> Iterator[llorch.LLM]:
 @contextmanager
 def other_pairing(path: Path) -> Iterator[llorch.LLM]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama, "Rotation", lambda _pairing, frequencies: Rotation("half", frequencies))
+        patch.setattr(llama, "Rotation", lambda _pairing, *rest: Rotation("half", *rest))
         with load(path) as llm:
             yield llm
 

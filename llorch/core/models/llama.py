@@ -21,7 +21,11 @@ def weights(c: ModelConfig) -> Iterator[WeightSpec]:
     yield WeightSpec("token_embd.weight", (c.vocab_size, c.dim), "embed")
     yield WeightSpec("output_norm.weight", (c.dim,), "vector")
     yield WeightSpec("output.weight", (c.vocab_size, c.dim), "matmul", tied="token_embd.weight")
-    yield WeightSpec("rope_freqs.weight", (c.rope_dim // 2,), "host", optional=True)
+    if c.rope_scaling.kind == "longrope":
+        yield WeightSpec("rope_factors_long.weight", (c.rope_dim // 2,), "host")
+        yield WeightSpec("rope_factors_short.weight", (c.rope_dim // 2,), "host")
+    else:
+        yield WeightSpec("rope_freqs.weight", (c.rope_dim // 2,), "host", optional=True)
     for layer in range(c.n_layers):
         p = f"blk.{layer}."
         yield WeightSpec(f"{p}attn_norm.weight", (c.dim,), "vector")
@@ -43,7 +47,7 @@ def _linear(name: str, rows: int, cols: int) -> Iterator[WeightSpec]:
 def build(c: ModelConfig, g: Graph, rope_factors: np.ndarray | None) -> None:
     """The graph, from `g.tokens` to `g.logits`. T: tokens of the step, R: rows whose logits are wanted."""
     # llama.cpp's converter permutes Q and K so that neighbours (2i, 2i + 1) turn together
-    rotation = Rotation("adjacent", c.rope_frequencies(rope_factors))
+    rotation = Rotation("adjacent", c.rope_frequencies(rope_factors), c.rope_scaling.magnitude)
     x = g.buffer(c.dim)  # [T, dim], the residual stream
     h = g.buffer(c.dim)  # [T, dim], the normalised input of a sub-block
     o = g.buffer(c.dim)  # [T, dim], what a sub-block adds to x

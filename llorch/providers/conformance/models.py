@@ -32,6 +32,7 @@ class TinyModel:
     biases: bool = False
     rope_factors: bool = False
     rope_scale: float = 1.0
+    window: int | None = None
     gain: float = 1.0  # of the sub-blocks over the embedding: a tied model of gain 1 repeats its input
     seed: int = 0
     eos_id: int = 2
@@ -93,6 +94,8 @@ def write_model(m: TinyModel, path: Path) -> Path:
     if m.rope_scale != 1.0:
         w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         w.add_rope_scaling_factor(m.rope_scale)
+    if m.window is not None:
+        w.add_sliding_window(m.window)
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
     tokens += [f"w{i}" for i in range(m.vocab - len(tokens))]
     w.add_tokenizer_model("llama")
@@ -137,7 +140,7 @@ class OracleModel:
         m, positions = self.m, np.arange(len(tokens), dtype=np.int32)
         attention = AttentionSpec(
             max_tokens=m.context, heads=m.heads, kv_heads=m.kv_heads, head_dim=m.head_dim, scale=m.head_dim**-0.5,
-            block_size=16, max_blocks=1, max_sequences=1, cache_dtype="f32",
+            block_size=16, max_blocks=1, max_sequences=1, cache_dtype="f32", window=m.window,
         )  # fmt: skip
         x = self.w["token_embd.weight"][tokens]
         for layer in range(m.layers):

@@ -32,6 +32,7 @@ MODELS = {
     "Q8_0 with biases": TinyModel(type="Q8_0", biases=True, seed=40),
     "Q4_K, tied": TinyModel(type="Q4_K", tied=True, gain=3.0, seed=42),
     "Q6_K, rope factors and scaling": TinyModel(type="Q6_K", rope_factors=True, rope_scale=2.0, seed=38),
+    "F32, a sliding window": TinyModel(window=6, seed=30),
 }
 by_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 
