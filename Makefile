@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: setup serve test check format bench clean
+.PHONY: setup serve test check format bench docs dist clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,14 @@ format: setup
 
 bench: setup  ## make bench MODEL=path/to/model.gguf [ARGS="--provider numpy-cpu -p 512 -n 128"]
 	$(BIN)/llorch bench $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+docs: setup  ## the documentation, into .cache/site
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+dist: setup  ## wheels of llorch and of every plugin, into dist/
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist . $(dir $(PLUGINS))
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build

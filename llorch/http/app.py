@@ -6,6 +6,7 @@ from litestar import Litestar
 from litestar.di import Provide
 from litestar.types import ASGIApp
 
+from llorch.http import page
 from llorch.http.auth import APIKeys
 from llorch.http.bodies import CANCEL_FIELDS, execute_fields
 from llorch.http.docs import Body, assets_router, docs_config
@@ -35,7 +36,7 @@ def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
         ),
     }
     app = Litestar(
-        route_handlers=[*ROUTES, *OPENAI_ROUTES, assets_router()],
+        route_handlers=[*ROUTES, *OPENAI_ROUTES, *page.ROUTES, assets_router()],
         dependencies={
             "worker": Provide(lambda: worker, sync_to_thread=False),
             "completions": Provide(lambda: completions, sync_to_thread=False),

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
+from llorch.http import page
 from llorch.http.errors import send_json
 from llorch.http.openai.errors import error_body, is_openai
 
-OPEN_PATHS = frozenset({"/", "/health"})
+OPEN_PATHS = page.OPEN_PATHS | {"/health"}
 
 
 class APIKeys:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,33 +23,50 @@ from llorch.core.models import llama
 from llorch.core.plan import Rotation
 from llorch.core.runner import Chunk, Runner
 from llorch.core.sampling import softmax
+from llorch.demo import DEMO_MODEL
 from llorch.providers import AttentionSpec, HostWeight, RopeSpec
 from llorch.providers.conformance import oracle
 from llorch.providers.conformance.rig import EXACT, Rig
-from tests.support import shared
+from tests.parity.twin import rewrite
+from tests.support import ROOT, shared
 
-LAYERS = (0, 1, 4)
 ROUNDED_NODE, ROUNDED_LOGITS = 5e-4, 1e-3  # NMSE, of providers that round activations to int8
 Change = Callable[[pytest.MonkeyPatch], None]
 
 
+@pytest.fixture(scope="module", params=["stories260K", "llorch-demo"])
+def recorded_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model of float32 weights, and llama.cpp's values for it (made by tests/reference/record.py).
+
+    The first is not ours to ship. The second is the demo model, dequantised: a clone alone proves the table with it.
+    """
+    if request.param == "stories260K":
+        return shared("models", "stories260K.gguf"), shared("reference", "stories260K-checkpoints.npz")
+    twin = tmp_path_factory.mktemp("demo") / "llorch-demo-f32.gguf"
+    return rewrite(DEMO_MODEL, twin, dequantise=True), ROOT / "tests" / "reference" / "llorch-demo.npz"
+
+
 @pytest.fixture(scope="module")
-def reference() -> dict[str, np.ndarray]:
-    with np.load(shared("reference", "stories260K-checkpoints.npz")) as recorded:
+def reference(recorded_model: tuple[Path, Path]) -> dict[str, np.ndarray]:
+    with np.load(recorded_model[1]) as recorded:
         return dict(recorded)
+
+
+def layers_of(reference: dict[str, np.ndarray]) -> list[int]:
+    """The layers whose nodes were recorded."""
+    return sorted(int(name.rsplit("-", 1)[1]) for name in reference if name.startswith("node:attn_norm-"))
 
 
 Load = Callable[..., llorch.LLM]
 
 
 @pytest.fixture(scope="module")
-def load_model(provider_name: str, rig: Rig) -> Load:
+def load_model(provider_name: str, rig: Rig, recorded_model: tuple[Path, Path]) -> Load:
     """Loads the model on the provider under test, with a float32 cache where it has one."""
     exact = "f32" if "f32" in rig.device.cache_dtypes else None
 
     def load(**settings: Any) -> llorch.LLM:
-        path = shared("models", "stories260K.gguf")
-        return llorch.load(path, provider=provider_name, cache_type=exact, **settings)
+        return llorch.load(recorded_model[0], provider=provider_name, cache_type=exact, **settings)
 
     return load
 
@@ -106,7 +124,8 @@ def last_column_dropped(name: str, values: np.ndarray) -> np.ndarray:
 
 @weights_with
 def keys_of_other_heads(name: str, values: np.ndarray) -> np.ndarray:
-    return values.reshape(4, 8, -1)[::-1] if name.endswith("attn_k.weight") else values
+    """Both models have four KV heads."""
+    return values.reshape(4, -1, values.shape[1])[::-1] if name.endswith("attn_k.weight") else values
 
 
 @weights_with
@@ -168,7 +187,7 @@ def assert_nodes(
     fused: bool = False,
 ) -> None:
     tokens = reference["tokens"].tolist()
-    layers = LAYERS if "{}" in row.label else LAYERS[:1]
+    layers = layers_of(reference) if "{}" in row.label else [0]
     labels, nodes = [row.label.format(layer) for layer in layers], [row.node.format(layer) for layer in layers]
     found = llm.checkpoints(tokens, labels, fused=fused)
     nmse_limit = (ROUNDED_LOGITS if row.label == "output" else ROUNDED_NODE) if rounded else None
@@ -320,7 +339,7 @@ def attention_spec(model: llorch.LLM, **changes: Any) -> AttentionSpec:
 
 def assert_scores(reference: dict[str, np.ndarray], spec: AttentionSpec) -> None:
     tokens = len(reference["tokens"])
-    for layer in LAYERS:
+    for layer in layers_of(reference):
         q = reference[f"node:Qcur-{layer}/ROPE"].reshape(tokens, -1).astype(np.float64)
         k = reference[f"node:Kcur-{layer}/ROPE"].reshape(tokens, -1).astype(np.float64)
         recorded = reference[f"node:kq_soft_max-{layer}"]

@@ -79,7 +79,7 @@ class CudaDevice:
         if need > free:
             raise DeviceMemoryError(
                 f"the weights take {need / 2**30:.2f} GiB on {self.info.description}, {free / 2**30:.2f} GiB are free: "
-                "use a more strongly quantised model, several cards (--device cuda:0,1) or a larger --gpu-memory"
+                "use a more strongly quantised model or a card with more memory"
             )
         return f"weights: {need / 2**30:.2f} GiB, quantised as in the file, scales apart from quants"
 

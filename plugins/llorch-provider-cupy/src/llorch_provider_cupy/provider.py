@@ -15,7 +15,7 @@ class CudaProvider:
     summary = "NVIDIA GPUs through CuPy; weights stay quantised, decode steps are CUDA graphs"
     requires = "an NVIDIA GPU of compute capability 7.0 or newer, its driver, and CuPy 14"
     api_version = API_VERSION
-    priority = 200
+    priority = -1  # named only: `auto` does not choose kernels that have never run on a card
     batch_invariant = False  # cuBLAS takes over from 9 tokens on, and its own kernels differ by shape
     rounds_activations = True  # to int8 for a few tokens, to half for many
 

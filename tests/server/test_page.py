@@ -1,0 +1,226 @@
+"""The chat page at / in a real browser: Debian's Chromium, driven by Playwright."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.conftest import Start
+from tests.server.process import Server
+
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="Playwright is not installed: pip install 'llorch[test]'"
+)
+Browser, Page, expect = playwright.Browser, playwright.Page, playwright.expect
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it (Debian: apt install chromium)")
+
+# nothing that a browser asks its maker for by itself
+QUIET = ("no-first-run", "disable-background-networking", "disable-component-update", "disable-sync", "disable-quic")
+TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with playwright.sync_playwright() as driver:
+        arguments = ["--no-sandbox", "--disable-gpu", *(f"--{option}" for option in QUIET)]
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "plain.jinja"
+    path.write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def slow_chat(start: Start, template: Path) -> Server:
+    """A model that talks, at 20 ms a token."""
+    options = ("--provider", "paced", "--chat-template", str(template))
+    return start(*options, env={"PACED_STEP_SECONDS": "0.02"}).wait_healthy()
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Open]:
+    """Opens the page of a server; at the end of the test its console must have held no error but those expected."""
+    contexts, problems, expected = [], [], []
+
+    def open_page(server: Server, width: int = 1000, errors: str = "", dark: bool = False) -> Page:
+        scheme = "dark" if dark else "light"
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("requestfailed", lambda request: problems.append(f"{request.url} {request.failure}"))
+        page.on("request", lambda request: _only(server, request.url, problems))
+        if errors:
+            expected.append(errors)
+        page.goto(server.url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    left = [problem for problem in problems if not any(re.search(pattern, problem) for pattern in expected)]
+    assert not left
+
+
+def _only(server: Server, url: str, problems: list[str]) -> None:
+    if not url.startswith(server.url):
+        problems.append(f"the page asked another host: {url}")
+
+
+def say(page: Page, text: str, *settings: tuple[str, str]) -> None:
+    if settings:
+        page.get_by_text("Settings").click()
+        for label, value in settings:
+            page.get_by_label(label).fill(value)
+            page.get_by_label(label).press("Tab")
+        page.get_by_text("Settings").click()
+    page.get_by_label("Message").fill(text)
+    page.get_by_role("button", name="Send").click()
+
+
+def test_an_answer_is_streamed_and_counted(open_page: Open, slow_chat: Server) -> None:
+    page = open_page(slow_chat)
+    expect(page.locator("#machine")).to_contain_text("paced on")
+    say(page, "Once upon a time", ("Most tokens", "60"), ("Temperature", "0"))
+    answer = page.locator(".message.assistant.writing span").last
+    expect(answer).not_to_be_empty()
+    early = answer.inner_text()
+    expect(page.locator("#status")).to_contain_text("60 tokens")
+    whole = page.locator(".message.assistant span").last.inner_text()
+    assert whole.startswith(early)
+    assert len(whole) > len(early), "the answer came in one piece"
+    expect(page.locator("#status")).to_contain_text(re.compile(r"[\d.]+ tokens/s, \d+ of 512 tokens of context used"))
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+
+
+def test_stop_ends_the_answer_and_the_job(open_page: Open, slow_chat: Server) -> None:
+    page = open_page(slow_chat)
+    say(page, "Once upon a time", ("Most tokens", "400"))
+    expect(page.locator(".message.assistant span").last).not_to_be_empty()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    with slow_chat.client() as client:
+        assert "llorch_running_requests 0.0" in client.get("/metrics").text
+    say(page, "And then")
+    expect(page.locator(".message.user")).to_have_count(2)
+    page.keyboard.press("Escape")
+    expect(page.locator("#status")).to_have_text("Stopped.")
+
+
+def test_history_survives_a_reload_and_a_new_chat_ends_it(open_page: Open, slow_chat: Server) -> None:
+    page = open_page(slow_chat)
+    say(page, "Lily saw a cat", ("Most tokens", "5"))
+    expect(page.locator("#status")).to_contain_text("5 tokens")
+    page.reload()
+    expect(page.locator(".message")).to_have_count(2)
+    expect(page.locator(".message.user")).to_contain_text("Lily saw a cat")
+    assert page.get_by_label("Most tokens").input_value() == "5"
+    page.get_by_role("button", name="New chat").click()
+    page.reload()
+    expect(page.locator(".message")).to_have_count(0)
+
+
+def test_what_a_model_writes_is_text(open_page: Open, slow_chat: Server) -> None:
+    page = open_page(slow_chat)
+    say(page, "<img src=x onerror=alert(1)><b>bold</b>", ("Most tokens", "3"))
+    expect(page.locator("#status")).to_contain_text("3 tokens")
+    expect(page.locator(".message.user")).to_contain_text("<b>bold</b>")
+    assert page.locator(".message img, .message b").count() == 0
+
+
+def test_an_error_is_a_sentence_and_the_question_comes_back(open_page: Open, slow_chat: Server) -> None:
+    page = open_page(slow_chat, errors="status of 400")
+    say(page, "word " * 600)
+    error = page.get_by_role("alert").locator("span").last
+    expect(error).to_contain_text("512")
+    assert re.fullmatch(r"[A-Z].*[.!?]", error.inner_text(), re.DOTALL)
+    assert page.get_by_label("Message").input_value().startswith("word word")
+    page.get_by_label("Message").fill("")
+    say(page, "Hello", ("Most tokens", "3"))
+    expect(page.locator("#status")).to_contain_text("3 tokens")
+
+
+def test_a_model_without_a_template_says_so(open_page: Open, server: Server) -> None:
+    page = open_page(server, errors="status of 400")
+    say(page, "Hello")
+    expect(page.get_by_role("alert").locator("span").last).to_contain_text("template")
+
+
+def test_a_key_is_asked_for(open_page: Open, start: Start, template: Path) -> None:
+    keyed = start("--chat-template", str(template), env={"LLORCH_API_KEY": "sesame"}).wait_healthy()
+    page = open_page(keyed, errors="status of 401")
+    say(page, "Hello", ("Most tokens", "4"))
+    key = page.get_by_label("API key")
+    key.fill("wrong")
+    key.press("Enter")
+    expect(page.locator("#key-error")).to_contain_text("not one of")
+    key.fill("sesame")
+    key.press("Enter")
+    expect(page.locator("#status")).to_contain_text("4 tokens")
+    say(page, "Again")
+    expect(page.locator(".message.assistant")).to_have_count(2)
+
+
+def test_the_server_is_gone(open_page: Open, start: Start, template: Path) -> None:
+    ending = start("--chat-template", str(template)).wait_healthy()
+    page = open_page(ending, errors="CONNECTION_REFUSED")
+    expect(page.locator("#machine")).to_contain_text("numpy-cpu")
+    ending.close()
+    say(page, "Hello")
+    expect(page.get_by_role("alert").locator("span").last).to_contain_text("does not answer")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_phone_and_axe(open_page: Open, slow_chat: Server, dark: bool) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = open_page(slow_chat, width=400, dark=dark)
+    say(page, "Hello " + "x" * 200, ("Most tokens", "20"))
+    expect(page.locator("#status")).to_contain_text("20 tokens")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    send = page.get_by_role("button", name="Send").bounding_box()
+    assert send is not None
+    assert send["x"] + send["width"] <= 400
+    assert send["y"] + send["height"] <= 800
+    page.get_by_text("Settings").click()
+    found = Axe().run(page).response["violations"]
+    assert [violation for violation in found if violation["impact"] in ("serious", "critical")] == []
+
+
+def test_the_keyboard_is_enough(open_page: Open, slow_chat: Server) -> None:
+    page = open_page(slow_chat)
+    expect(page.get_by_label("Message")).to_be_focused()
+    page.keyboard.type("Hello")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("you")
+    assert page.get_by_label("Message").input_value() == "Hello\nyou"
+    page.keyboard.press("Enter")
+    expect(page.locator(".message.user span").last).to_have_text("Hello\nyou")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+
+
+def test_links_and_policy(server: Server) -> None:
+    with server.client() as client:
+        response = client.get("/")
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "<script>" not in response.text
+        assert "style=" not in response.text
+        for link in re.findall(r'(?:href|src)="([^"]+)"', response.text):
+            assert link.startswith("/"), "an outside address"
+            assert client.get(link).status_code == 200
