@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,17 +56,17 @@ def open_page(browser: Browser) -> Iterator[Open]:
     contexts, problems, expected = [], [], []
 
     def open_page(server: Server, width: int = 1000, errors: str = "", dark: bool = False) -> Page:
-        scheme = "dark" if dark else "light"
+        scheme, url = "dark" if dark else "light", server.url
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("requestfailed", lambda request: problems.append(f"{request.url} {request.failure}"))
-        page.on("request", lambda request: _only(server, request.url, problems))
+        page.on("requestfailed", lambda request: _failed(request, problems))
+        page.on("request", lambda request: _only(url, request.url, problems))
         if errors:
             expected.append(errors)
-        page.goto(server.url)
+        page.goto(url)
         return page
 
     yield open_page
@@ -75,8 +76,13 @@ def open_page(browser: Browser) -> Iterator[Open]:
     assert not left
 
 
-def _only(server: Server, url: str, problems: list[str]) -> None:
-    if not url.startswith(server.url):
+def _failed(request: Any, problems: list[str]) -> None:
+    if request.failure != "net::ERR_ABORTED":  # what the user stopped
+        problems.append(f"{request.url} {request.failure}")
+
+
+def _only(home: str, url: str, problems: list[str]) -> None:
+    if not url.startswith(home):
         problems.append(f"the page asked another host: {url}")
 
 
@@ -163,7 +169,7 @@ def test_a_key_is_asked_for(open_page: Open, start: Start, template: Path) -> No
     keyed = start("--chat-template", str(template), env={"LLORCH_API_KEY": "sesame"}).wait_healthy()
     page = open_page(keyed, errors="status of 401")
     say(page, "Hello", ("Most tokens", "4"))
-    key = page.get_by_label("API key")
+    key = page.get_by_role("textbox", name="API key")
     key.fill("wrong")
     key.press("Enter")
     expect(page.locator("#key-error")).to_contain_text("not one of")
