@@ -1,4 +1,4 @@
-"""The demonstration model that is served where no other is named. Made by examples/demo_model."""
+"""A small demonstration model, made by examples/demo_model. With it a clone alone proves the checkpoint table."""
 
 from pathlib import Path
 
