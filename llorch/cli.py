@@ -21,6 +21,7 @@ from llorch.errors import LlorchError, SettingsError
 COMMANDS = {  # the name, with underscores, is also that of the module in llorch.commands
     "serve": "serve a model over HTTP",
     "run": "generate text from a prompt, streamed to the terminal",
+    "chat": "chat with a model in the terminal",
     "providers": "list compute providers: what works here, what does not and why",
     "inspect": "show what is in a GGUF file and how much memory it needs",
     "bench": "measure prefill and decode speed against the machine's limit",
