@@ -61,7 +61,6 @@ class ChatSession:
         self._engine = llm.engine()
         self._editor = LineEditor(complete)
         self._console = console(sys.stderr)
-        self._write = writer()
         self._failed = False
         self._stopped = False  # Ctrl-C was the last thing that was pressed
         self._warned = False  # that the context fills
@@ -107,7 +106,7 @@ class ChatSession:
                 stop=tuple(self.settings.stop),
             )
             self.conversation.unanswered = text
-            answer = generate(self._engine, request, self._write, interrupt)
+            answer = generate(self._engine, request, writer(), interrupt)
             print(flush=True)
         self._keep(text, answer, len(prompt))
 
