@@ -175,7 +175,7 @@ def _show(results: Sequence[Result]) -> None:
         )
     out.print(f"{first.model}, {first.weight_type}, medians of {first.repetitions}:")
     out.print(table)
-    for r in {r.provider: r for r in reversed(results)}.values():
+    for r in (r for i, r in enumerate(results) if r.provider not in {earlier.provider for earlier in results[:i]}):
         peak = "" if r.peak_memory_bytes is None else f", peak memory {r.peak_memory_bytes / 2**30:.2f} GiB"
         out.print(f"{r.provider}: loaded in {r.load_seconds:.2f} s{peak}")
     for r in results:

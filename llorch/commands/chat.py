@@ -106,7 +106,11 @@ class ChatSession:
                 stop=tuple(self.settings.stop),
             )
             self.conversation.unanswered = text
-            answer = generate(self._engine, request, writer(), interrupt)
+            try:
+                answer = generate(self._engine, request, writer(), interrupt)
+            except KeyboardInterrupt:
+                self._stopped = True  # the second one, of a step that does not end
+                raise
             print(flush=True)
         self._keep(text, answer, len(prompt))
 
