@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from tests.server.scripted import SPACE, write_model
 from tests.support import with_metadata
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("NO_COLOR", "FORCE_COLOR", *(n for n in os.environ if n.upper().startswith("LLORCH_"))):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

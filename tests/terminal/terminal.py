@@ -1,4 +1,4 @@
-"""A command on a pseudo-terminal, typed at and read as a user would."""
+"""Commands on a pseudo-terminal, typed at and read as a user would, and through pipes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import termios
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+from tests.support import shared
 
 CTRL_C, CTRL_D, UP, TAB = "\x03", "\x04", "\x1b[A", "\t"
 SECONDS = 30.0
@@ -99,3 +101,32 @@ def _take_terminal() -> None:
 
 def llorch(folder: Path, *arguments: str, env: Mapping[str, str] | None = None, columns: int = 80) -> Terminal:
     return Terminal(folder, sys.executable, "-m", "llorch", *arguments, env=env, columns=columns)
+
+
+def screen(raw: str) -> list[str]:
+    """The lines that a terminal shows of what was written to it, by \\b, \\n, \\t and erasing to the end of a line."""
+    lines, column = [""], 0
+    for c in _CONTROL.sub("", raw.replace("\x1b[K", "\x00")):
+        if c == "\n":
+            lines.append("")
+            column = 0
+        elif c == "\b":
+            column -= 1
+        elif c == "\x00":
+            lines[-1] = lines[-1][:column]
+        else:
+            written = " " * (8 - column % 8) if c == "\t" else c
+            lines[-1] = lines[-1][:column] + written
+            column += len(written)
+    return lines
+
+
+def finished(*arguments: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    """The same through pipes, once it has ended."""
+    command = [sys.executable, "-m", "llorch", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **kwargs)  # type: ignore[call-overload,no-any-return]
+
+
+def model() -> str:
+    """A small trained model without a chat template."""
+    return str(shared("models", "stories260K.gguf"))

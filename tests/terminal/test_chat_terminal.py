@@ -100,7 +100,8 @@ def test_lines_are_edited_completed_and_remembered(start: Start) -> None:
     with start() as terminal:
         terminal.expect("> ")
         terminal.type("/set top" + 3 * TAB)  # what they share, and then both
-        terminal.expect("top_k  top_p")
+        terminal.expect("top_k ")
+        terminal.expect("top_p ")
         terminal.type("k 7\n")
         terminal.expect("top_k 7")
         terminal.type(UP + "5\n")
