@@ -80,5 +80,8 @@ def _prepare_readline(complete: Complete) -> None:
 
     readline.set_completer(completer)
     readline.set_completer_delims(" ")
-    libedit = "libedit" in (readline.__doc__ or "")  # macOS
-    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+    if "libedit" in (readline.__doc__ or ""):  # macOS
+        readline.parse_and_bind("bind ^I rl_complete")
+        return
+    readline.parse_and_bind("tab: complete")
+    readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off; lines pasted are one message

@@ -13,9 +13,11 @@ import pytest
 from llorch import LLM, cli
 from llorch.commands import _conversation, chat
 from llorch.commands._chat_commands import COMMANDS, SETTABLE, complete
+from llorch.demo import DEMO_MODEL
 from llorch.errors import ContextOverflowError, SettingsError
 from llorch.settings import parse
 from tests.support import shared, with_metadata
+from tests.terminal.terminal import finished
 
 Typed = Callable[..., tuple[int, chat.ChatSession]]
 
@@ -242,3 +244,13 @@ def test_a_setting_is_not_changed_by_a_wrong_value(typed: Typed) -> None:
     assert (session.settings.top_p, session.settings.seed) == (0.5, None)
     with pytest.raises(SettingsError, match="unknown setting"):
         COMMANDS["/set"].run(session, "model x")
+
+
+def test_the_demo_model_answers_through_pipes() -> None:
+    argv = ["chat", "--model", str(DEMO_MODEL), "--provider", "numpy-cpu", "--temperature", "0"]
+    done = finished(*argv, input="Hello\n/quit\nnever read\n")
+    assert done.returncode == 0
+    assert len(done.stdout.split()) >= 2
+    assert done.stdout.count("\n") == 1
+    assert done.stderr.startswith("provider numpy-cpu on cpu")
+    assert "\x1b" not in done.stdout + done.stderr

@@ -122,6 +122,16 @@ def test_several_lines_are_one_message(start: Start, tmp_path: Path) -> None:
     assert [m["content"] for m in messages if m["role"] == "user"] == ["one \ntwo", "/etc\n\nhosts"]
 
 
+def test_pasted_lines_are_one_message(start: Start, tmp_path: Path) -> None:
+    with start("--max-tokens", "1") as terminal:
+        terminal.expect("> ")
+        terminal.type("\x1b[200~one\ntwo\x1b[201~\n")  # as a terminal marks what is pasted
+        terminal.expect("cut at max_tokens 1")
+        terminal.type("/save chat.json\n")
+        terminal.expect("saved 2 messages")
+    assert json.loads((tmp_path / "chat.json").read_text())["messages"][0]["content"] == "one\ntwo"
+
+
 @pytest.mark.parametrize(("env", "colourful"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
 def test_colours_are_for_terminals_that_have_them(start: Start, env: dict[str, str], colourful: bool) -> None:
     with start("--max-tokens", "1", **env) as terminal:
