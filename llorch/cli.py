@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -21,10 +22,12 @@ from llorch.errors import LlorchError, SettingsError
 COMMANDS = {  # the name, with underscores, is also that of the module in llorch.commands
     "serve": "serve a model over HTTP",
     "run": "generate text from a prompt, streamed to the terminal",
+    "chat": "chat with a model in the terminal",
     "providers": "list compute providers: what works here, what does not and why",
     "inspect": "show what is in a GGUF file and how much memory it needs",
     "bench": "measure prefill and decode speed against the machine's limit",
     "new-provider": "write the package of a new compute provider, which passes the conformance suite",
+    "completion": "print a script with which bash, zsh or fish completes all of this",
 }
 
 tracebacks = False  # set by --debug, wherever it stands, and by the setting `debug`
@@ -34,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
     global tracebacks
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a model may say what an old locale cannot
     tracebacks = "--debug" in _before_separator(arguments)
     try:
         status = _dispatch(arguments)
@@ -60,7 +66,9 @@ def _dispatch(arguments: list[str]) -> int:
         print(_help(), file=sys.stderr)
         return 2
     command, *rest = arguments
-    if command in ("-h", "--help"):
+    if command == "help" and rest:
+        command, rest = rest[0], ["--help"]
+    if command in ("-h", "--help", "help"):
         print(_help())
         return 0
     if command == "--version":
@@ -74,7 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _unknown(command: str) -> str:
     what = "option" if command.startswith("-") else "command"
-    close = difflib.get_close_matches(command, [*COMMANDS, "--help", "--version", "--debug"], n=1)
+    close = difflib.get_close_matches(command, [*COMMANDS, "help", "--help", "--version", "--debug"], n=1)
     hint = f"did you mean {close[0]}?" if close else f"commands are {', '.join(COMMANDS)}."
     return f"unknown {what} {command!r}; {hint} See llorch --help"
 
@@ -90,7 +98,7 @@ def _help() -> str:
         *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
         "",
         "options:",
-        "  -h, --help  show this; after a command: its options",
+        "  -h, --help  show this; after a command: its options, as `llorch help COMMAND` does",
         "  --version   show the version",
         "  --debug     show the traceback of an error",
         "",
@@ -108,5 +116,17 @@ def _report(message: str, status: int) -> int:
     """Called while an exception is handled."""
     if tracebacks:
         traceback.print_exc()
-    print(f"llorch: error: {message}", file=sys.stderr)
+    print(f"{_red('llorch: error:')} {message}", file=sys.stderr)
     return status
+
+
+def _red(text: str) -> str:
+    """Red where standard error is a terminal with colours, by the rules of the other commands."""
+    if not sys.stderr.isatty() and not os.environ.get("FORCE_COLOR"):
+        return text  # most errors: rich is not imported for them
+    from rich.console import Console
+
+    terminal = Console(stderr=True)
+    with terminal.capture() as styled:
+        terminal.print(text, style="bold red", end="", markup=False, highlight=False)
+    return styled.get()

@@ -123,14 +123,8 @@ def parse(settings: type[Settings], argv: Sequence[str], prog: str) -> Settings:
     Raises SettingsError with a line for each of the first two mistakes: the setting as it was written, its value,
     and what is allowed.
     """
-    parser = _Parser(prog, settings.__doc__)
+    parser, source = _prepared(settings, prog)
     try:
-        source: ps.CliSettingsSource[Any] = ps.CliSettingsSource(
-            settings,
-            root_parser=parser,
-            parse_args_method=_Parser.parse_literally,
-            add_argument_method=_Parser.add_setting,
-        )
         source(args=list(argv))
         keywords: dict[str, Any] = {"_cli_settings_source": source}  # unpacked, as type checkers know the fields alone
         found = settings(**keywords)
@@ -142,6 +136,34 @@ def parse(settings: type[Settings], argv: Sequence[str], prog: str) -> Settings:
         raise SettingsError(str(error)) from error
     cli.tracebacks = cli.tracebacks or found.debug
     return found
+
+
+def command_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of a command's options, for those who read it rather than parse with it."""
+    module = importlib.import_module(f"llorch.commands.{command.replace('-', '_')}")
+    settings = getattr(module, "".join(word.title() for word in command.split("-")) + "Settings")
+    return _prepared(settings, f"llorch {command}")[0]
+
+
+def _prepared(settings: type[CommandSettings], prog: str) -> tuple[_Parser, ps.CliSettingsSource[Any]]:
+    """A parser with the settings' options, and the source that reads settings through it."""
+    parser = _Parser(prog, settings.__doc__)
+    source: ps.CliSettingsSource[Any] = ps.CliSettingsSource(
+        settings,
+        root_parser=parser,
+        parse_args_method=_Parser.parse_literally,
+        add_argument_method=_Parser.add_setting,
+    )
+    return parser, source
+
+
+def assign(settings: CommandSettings, field: str, text: str) -> None:
+    """Changes one setting to what a text says, as its variable would. Raises SettingsError with what is allowed."""
+    try:
+        settings.__pydantic_validator__.validate_assignment(settings, field, text)
+    except ValidationError as error:
+        info = type(settings).model_fields[field]
+        raise SettingsError(f"{field}: {_expected(info, error.errors()[0])}, not {text!r}") from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -189,7 +211,7 @@ class _Parser(argparse.ArgumentParser):
         if not first.startswith("-"):
             raise SettingsError(f"unexpected argument {first!r}. See {self.prog} --help")
         options = [name for names in self.names.values() for name in names]
-        hint = _suggest(first, options) or "."
+        hint = suggest(first, options) or "."
         raise SettingsError(f"unknown option {first}{hint} See {self.prog} --help")
 
 
@@ -203,7 +225,8 @@ def _fields(settings: type[ps.BaseSettings]) -> dict[str, FieldInfo]:
     return {info.validation_alias if isinstance(info.validation_alias, str) else name: info for name, info in named}
 
 
-def _suggest(name: str, known: Sequence[str]) -> str:
+def suggest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean ...?`, or nothing."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -225,7 +248,7 @@ def _toml_values(settings: type[ps.BaseSettings]) -> dict[str, Any]:
     if foreign := written.keys() - own:
         known = _known_keys() | own
         for key in foreign - known:
-            hint = _suggest(key, sorted(known)) or "; keys are the options of the commands, such as model or cache_type"
+            hint = suggest(key, sorted(known)) or "; keys are the options of the commands, such as model or cache_type"
             raise SettingsError(f"{TOML}: unknown key {written[key]!r}{hint}")
     return {key: data[name] for key, name in written.items() if key in own}
 

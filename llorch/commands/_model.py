@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from llorch.commands._terminal import loading
+from llorch.commands._terminal import console, loading
 from llorch.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -19,5 +19,5 @@ def load_model(settings: ModelSettings, **changes: Any) -> LLM:
     with loading() as progress:
         llm = llorch.load(settings.model, **settings.load_options() | changes, progress=progress)
     for line in llm.start_lines:
-        print(line, file=sys.stderr)
+        console(sys.stderr).print(line, style="dim", soft_wrap=True)
     return llm

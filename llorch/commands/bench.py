@@ -162,20 +162,22 @@ def _result(llm: LLM, test: str, samples: list[float], bandwidth: Bandwidth, pea
 
 
 def _show(results: Sequence[Result]) -> None:
-    table = Table(box=SIMPLE_HEAD)
-    for heading in ("provider", "device", "model", "weights", "test"):
+    first, out = results[0], console()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("provider", "device", "test"):
         table.add_column(heading)
-    for heading in ("tokens/s", "±", "of limit", "of matvec", "load", "peak memory"):
+    for heading in ("tokens/s", "±", "of limit", "of matvec"):
         table.add_column(heading, justify="right")
     for r in results:
         table.add_row(
-            *(r.provider, r.device, r.model, r.weight_type, r.test),
-            *(f"{r.tokens_per_second:.1f}", f"{r.stdev:.1f}", _percent(r.share_of_limit), _percent(r.share_of_matvec)),
-            f"{r.load_seconds:.2f} s",
-            "" if r.peak_memory_bytes is None else f"{r.peak_memory_bytes / 2**30:.2f} GiB",
+            *(r.provider, r.device, r.test, f"{r.tokens_per_second:.1f}", f"{r.stdev:.1f}"),
+            *(_percent(r.share_of_limit), _percent(r.share_of_matvec)),
         )
-    out = console()
+    out.print(f"{first.model}, {first.weight_type}, medians of {first.repetitions}:")
     out.print(table)
+    for r in (r for i, r in enumerate(results) if r.provider not in {earlier.provider for earlier in results[:i]}):
+        peak = "" if r.peak_memory_bytes is None else f", peak memory {r.peak_memory_bytes / 2**30:.2f} GiB"
+        out.print(f"{r.provider}: loaded in {r.load_seconds:.2f} s{peak}")
     for r in results:
         if r.limit_tokens_per_second is not None and r.bytes_per_token is not None:
             out.print(

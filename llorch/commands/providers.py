@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from llorch.commands._terminal import console
+from llorch.commands._terminal import console, status
 from llorch.settings import ReportSettings, parse
 
 if TYPE_CHECKING:
@@ -28,34 +28,38 @@ def main(argv: Sequence[str]) -> int:
     settings = parse(ProvidersSettings, argv, "llorch providers")
     from llorch.providers import registry  # after parsing: --help and a mistake need no NumPy
 
-    found = registry.status()
+    with status("looking for devices"):
+        found = registry.status()
     if settings.as_json:
-        print(json.dumps([dataclasses.asdict(status) for status in found], indent=2))
+        print(json.dumps([dataclasses.asdict(provider) for provider in found], indent=2))
     else:
-        console().print(_table(found))
+        out = console()
+        out.print(_table(found))
+        out.print("`--provider auto` takes the highest priority that is ok", style="dim")
     return 0
 
 
 def _table(found: Sequence[ProviderStatus]) -> Table:
-    table = Table(
-        box=SIMPLE_HEAD, caption="`--provider auto` takes the highest priority that is ok", caption_justify="left"
-    )
-    for heading in ("provider", "state", "priority", "API", "distribution"):
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, leading=1)
+    for heading in ("provider", "state", "priority"):
         table.add_column(heading, no_wrap=True)
     table.add_column("devices, or what is wrong", overflow="fold")
-    for status in found:
+    for provider in found:
         table.add_row(
-            status.name,
-            Text(status.state, style=_STYLES[status.state]),
-            "" if status.priority is None else str(status.priority),
-            "" if status.api_version is None else str(status.api_version),
-            "\n".join(map(" ".join, zip(status.distribution.split(", "), status.version.split(", "), strict=True))),
-            Text("\n".join([*([status.summary] if status.summary else []), *_lines(status)])),
+            Text(provider.name, style="bold"),
+            Text(provider.state, style=_STYLES[provider.state]),
+            "" if provider.priority is None else str(provider.priority),
+            _details(provider),
         )
     return table
 
 
-def _lines(status: ProviderStatus) -> list[str]:
-    return [f"{device.name}: {device.description}" for device in status.devices] + (
-        [status.reason] if status.reason else []
-    )
+def _details(provider: ProviderStatus) -> Text:
+    """What it is, its devices or what is wrong, and where it comes from: one below the other, for narrow terminals."""
+    lines = [provider.summary] if provider.summary else []
+    lines += [f"{device.name}: {device.description}" for device in provider.devices]
+    lines += [provider.reason] if provider.reason else []
+    names, versions = provider.distribution.split(", "), provider.version.split(", ")
+    origin = ", ".join(map(" ".join, zip(names, versions, strict=True)))
+    version = "" if provider.api_version is None else f", API {provider.api_version}"
+    return Text("\n".join(lines)).append(f"\n{origin}{version}", style="dim")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import structlog
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from rich.console import Console
 
 LogFormat = Literal["auto", "json", "console"]
 
@@ -21,26 +22,28 @@ POLLED_PATHS = frozenset({"/health", "/metrics"})  # asked for every few seconds
 log = structlog.stdlib.get_logger(__name__)
 
 
-def configure_logging(log_format: LogFormat, level: str) -> None:
-    """Sends every line, of llorch and of its libraries, to stdout in one format.
+def configure_logging(log_format: LogFormat, level: str) -> bool:
+    """Sends every line, of llorch and of its libraries, to stdout in one format; whether that is JSON.
 
     "auto" is "console" on a terminal and "json" elsewhere. `level` is one of logging's names.
     """
-    terminal = sys.stdout.isatty()
+    terminal, out = sys.stdout.isatty(), Console(file=sys.stdout)
+    colours = out.color_system is not None and not out.no_color  # by NO_COLOR, FORCE_COLOR and TERM, as the commands
+    as_json = log_format == "json" or (log_format == "auto" and not terminal)
+    stamp = structlog.processors.TimeStamper
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        stamp("iso", utc=True) if as_json else stamp("%H:%M:%S", utc=False),
     ]
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
     )
-    as_json = log_format == "json" or (log_format == "auto" and not terminal)
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers(as_json, terminal)],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers(as_json, colours)],
     )
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(formatter)
@@ -49,6 +52,7 @@ def configure_logging(log_format: LogFormat, level: str) -> None:
     root.setLevel(level.upper())
     for noisy in ("uvicorn", "httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    return as_json
 
 
 def _renderers(as_json: bool, colors: bool) -> list[structlog.types.Processor]:
@@ -56,7 +60,7 @@ def _renderers(as_json: bool, colors: bool) -> list[structlog.types.Processor]:
         return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     # the default formatter of exceptions prints local variables, and a prompt may be among them
     plain = structlog.dev.plain_traceback
-    return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
+    return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain, pad_event_to=0, sort_keys=False)]
 
 
 class RequestLog:

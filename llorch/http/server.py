@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import structlog
@@ -38,13 +38,18 @@ IDLE_CONNECTION_SECONDS = 75  # longer than an orchestrator's pause between two 
 SAME_SIGNAL_SECONDS = 0.1  # supervisors that signal a process and its group send one wish twice
 PROGRESS_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
+Loading = Callable[[], contextlib.AbstractContextManager[Progress]]
 
-def serve(settings: ServeSettings) -> None:
-    """Runs a worker until a signal ends it. Raises LlorchError when it cannot start or go on."""
-    configure_logging(settings.log_format, settings.log_level)
+
+def serve(settings: ServeSettings, loading: Loading | None = None) -> None:
+    """Runs a worker until a signal ends it. Raises LlorchError when it cannot start or go on.
+
+    `loading` shows a load's progress on a terminal; without it, and where lines are read by programs, it is logged.
+    """
+    as_json = configure_logging(settings.log_format, settings.log_level)
     listener = bind(settings)
     with contextlib.closing(listener):
-        asyncio.run(WorkerProcess(settings, listener).run())
+        asyncio.run(WorkerProcess(settings, listener, None if as_json else loading).run())
 
 
 def bind(settings: ServeSettings) -> socket.socket:
@@ -81,7 +86,7 @@ class QuietServer(uvicorn.Server):
 class WorkerProcess:
     """One run of `llorch serve`."""
 
-    def __init__(self, settings: ServeSettings, listener: socket.socket) -> None:
+    def __init__(self, settings: ServeSettings, listener: socket.socket, loading: Loading | None = None) -> None:
         self._settings, self._listener = settings, listener
         self._worker_id = settings.worker_id or uuid.uuid4().hex
         self._uri = settings.uri or _uri(settings.host, listener.getsockname()[1])
@@ -91,6 +96,7 @@ class WorkerProcess:
             queue_timeout=settings.queue_timeout,
             stall_seconds=settings.step_timeout,
         )
+        self._loading = loading or self._logged_loading
         self._failure: BaseException | None = None
         self._signalled: float | None = None
 
@@ -175,8 +181,9 @@ class WorkerProcess:
                 self._loop.call_soon_threadsafe(done.set)
 
         self._engine.on_ready = self._engine.on_failed = wake
-        self._engine.start()
-        await done.wait()
+        with self._loading() as self._show_load:  # ends with this task, so a terminal gets its cursor back
+            self._engine.start()
+            await done.wait()
         error = self._engine.load_error
         if isinstance(error, LlorchError):
             raise error
@@ -186,10 +193,16 @@ class WorkerProcess:
 
     def _load(self, progress: Progress) -> LLM:
         """On the engine's thread."""
-        settings = self._settings
-        report = LoadReport(str(settings.model), self._uri, progress)
+
+        def report(fraction: float, text: str) -> None:
+            progress(fraction, text)
+            self._show_load(fraction, text)
+
         report(0.0, "starting")
-        return load(settings.model, **settings.load_options(), progress=report)
+        return load(self._settings.model, **self._settings.load_options(), progress=report)
+
+    def _logged_loading(self) -> contextlib.AbstractContextManager[Progress]:
+        return contextlib.nullcontext(LoadReport(str(self._settings.model), self._uri))
 
     async def _announce(self, url: str, llm: LLM) -> None:
         registration = {
@@ -226,14 +239,13 @@ class WorkerProcess:
 
 
 class LoadReport:
-    """Passes a load's progress on, with a log line at each quarter."""
+    """Logs a load's progress, a line at each quarter."""
 
-    def __init__(self, model: str, uri: str, progress: Progress) -> None:
-        self._model, self._uri, self._progress = model, uri, progress
+    def __init__(self, model: str, uri: str) -> None:
+        self._model, self._uri = model, uri
         self._due = list(PROGRESS_STEPS)
 
     def __call__(self, fraction: float, text: str) -> None:
-        self._progress(fraction, text)
         while self._due and fraction >= self._due[0]:
             step = self._due.pop(0)
             log.info("loading", percent=round(100 * step), model=self._model, uri=self._uri, doing=text)

@@ -3,7 +3,7 @@
 PACED_OPEN_WHEN: a path; the device opens when it exists.
 PACED_STEP_SECONDS: pause of each step.
 PACED_FAIL_WHEN: a path; a step raises when it exists.
-PACED_STALL_WHEN: a path; a step does not return while it exists.
+PACED_STALL_WHEN: a path; a step does not return while it exists, and makes PATH.reached.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class PacedOps(NumpyOps):
         def kernel(out: Any, tokens: Any, table: Any) -> None:
             time.sleep(pause)
             while _exists("PACED_STALL_WHEN"):
+                Path(f"{os.environ['PACED_STALL_WHEN']}.reached").touch()
                 time.sleep(0.02)
             if _exists("PACED_FAIL_WHEN"):
                 raise RuntimeError("the kernel was told to fail")

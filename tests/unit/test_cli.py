@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -15,11 +14,10 @@ from types import ModuleType
 
 import pytest
 
-from llorch import __version__, cli, machine
-from llorch.commands import bench, inspect, providers, run
+from llorch import __version__, cli
+from llorch.commands import inspect
 from llorch.errors import GGUFError, LlorchError, SettingsError
 from tests.support import shared
-from tests.unit.plugins import install, source
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +88,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"llorch {__version__}\n"
 
 
+def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: llorch COMMAND")
+    with pytest.raises(SystemExit):
+        cli.main(["help", "inspect"])
+    assert capsys.readouterr().out.startswith("usage: llorch inspect")
+    assert cli.main(["help", "inspct"]) == 2
+    assert "did you mean inspect?" in capsys.readouterr().err
+
+
 def test_no_command_shows_the_help_as_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "usage: llorch COMMAND" in capsys.readouterr().err
@@ -149,6 +157,27 @@ def test_debug_anywhere_shows_the_traceback(
     assert captured.endswith("llorch: error: it broke\n")
 
 
+def test_the_label_of_an_error_is_red_where_there_are_colours(
+    failing: list[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing.append(LlorchError("it broke [mend it]"))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    cli.main(["providers"])
+    assert capsys.readouterr().err == "\x1b[1;31mllorch: error:\x1b[0m it broke [mend it]\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    cli.main(["providers"])
+    assert "\x1b[31m" not in capsys.readouterr().err
+
+
+def test_what_a_locale_cannot_say_is_spelt_out() -> None:
+    code = "from llorch.cli import main; main(['--version']); print('caf\u00e9 \U0001f600')"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=env)
+    assert done.stdout.splitlines()[1] == "caf\\xe9 \\U0001f600"
+
+
 def test_debug_behind_a_separator_is_text(failing: list[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
     failing.append(LlorchError("it broke"))
     assert cli.main(["providers", "--", "--debug"]) == 1
@@ -181,61 +210,6 @@ def test_a_missing_model_names_the_option_and_an_example() -> None:
 def test_an_unknown_provider_ends_with_1_and_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run", "Once", "--model", model(), "--provider", "numpy"]) == 1
     assert "Did you mean numpy-cpu?" in capsys.readouterr().err
-
-
-# ---- providers ----
-
-
-@pytest.fixture
-def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of each state."""
-    site = tmp_path / "site"
-    site.mkdir()
-    install(site, "cli-fast", source("cli-fast", priority=99))
-    install(site, "cli-card", source("cli-card", devices="raise ProviderUnavailableError('no card: plug one in')"))
-    install(site, "cli-crash", "import no_such_vendor_library")
-    install(site, "cli-newer", "class P:\n    api_version = 99\n\nprovider = P()\n")
-    install(site, "cli-twin", source("cli-twin"), distribution="cli-twin-a")
-    install(site, "cli-twin", source("cli-twin"), distribution="cli-twin-b", version="2.0")
-    monkeypatch.setenv("PYTHONPATH", str(site))
-
-
-@pytest.mark.usefixtures("plugins")
-def test_providers_json_has_every_state() -> None:
-    done = llorch("providers", "--json")
-    assert done.returncode == 0
-    found = {row["name"]: row for row in json.loads(done.stdout)}
-    states = {name: row["state"] for name, row in found.items() if name == "numpy-cpu" or name.startswith("cli-")}
-    assert states == {
-        "numpy-cpu": "ok",
-        "cli-fast": "ok",
-        "cli-card": "absent",
-        "cli-crash": "broken",
-        "cli-newer": "broken",
-        "cli-twin": "broken",
-    }
-    assert found["cli-fast"]["devices"] == [{"name": "dev:0", "description": "a device", "memory_architecture": "cpu"}]
-    assert found["cli-card"]["reason"] == "no card: plug one in"
-    assert "no_such_vendor_library" in found["cli-crash"]["reason"]
-
-
-@pytest.mark.usefixtures("plugins")
-def test_providers_table_has_every_state_and_no_colour_in_a_pipe() -> None:
-    done = llorch("providers")
-    assert done.returncode == 0
-    assert "\x1b" not in done.stdout
-    for text in ("cli-fast", "no card: plug one in", "no_such_vendor_library", "provider API 99", "cli-twin-b 2.0"):
-        assert text in done.stdout
-
-
-def test_colours_follow_no_color(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
-    monkeypatch.setenv("TERM", "xterm")
-    providers.main([])
-    assert "\x1b[32m" in capsys.readouterr().out
-    monkeypatch.setenv("NO_COLOR", "1")
-    providers.main([])
-    assert "\x1b[32m" not in capsys.readouterr().out
 
 
 # ---- inspect ----
@@ -282,140 +256,3 @@ def test_inspect_of_something_else_ends_with_1(tmp_path: Path, capsys: pytest.Ca
     assert cli.main(["inspect", str(tmp_path / "notes.gguf")]) == 1
     assert capsys.readouterr().err.startswith("llorch: error: ")
     assert cli.main(["inspect", str(tmp_path / "absent.gguf")]) == 1
-
-
-# ---- run ----
-
-
-def test_run_streams_the_text_to_stdout_and_the_rest_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
-    argv = [
-        "Once upon a time",
-        "--model",
-        model(),
-        "--provider",
-        "numpy-cpu",
-        "--max-tokens",
-        "8",
-        "--temperature",
-        "0",
-    ]
-    assert run.main(argv) == 0
-    captured = capfd.readouterr()
-    assert captured.out == ", there was a little girl named L"[: len(captured.out)]
-    assert len(captured.out) > 10
-    first, *_, last = captured.err.splitlines()
-    assert first.startswith("provider numpy-cpu on cpu")
-    assert first.endswith("chosen by name")
-    assert "tokens, the first after" in last
-
-
-def test_run_takes_sampling_settings_and_stops(capfd: pytest.CaptureFixture[str]) -> None:
-    argv = ["Once upon a time", "--model", model(), "--provider", "numpy-cpu", "-n", "60"]
-    sampling = ["--temperature", "0.9", "--top-k", "20", "--top-p", "0.9", "--min-p", "0.01", "--seed", "7"]
-    run.main([*argv, *sampling, "--repetition-penalty", "1.1"])
-    once = capfd.readouterr().out
-    run.main([*argv, *sampling, "--repetition-penalty", "1.1"])
-    assert capfd.readouterr().out == once
-    word = once.split()[4]
-    run.main([*argv, *sampling, "--repetition-penalty", "1.1", "--stop", word])
-    assert capfd.readouterr().out == once[: once.index(word)]
-
-
-def test_run_reads_a_prompt_from_standard_input() -> None:
-    argv = ["run", "-", "--model", model(), "--provider", "numpy-cpu", "-n", "4", "--temperature", "0"]
-    assert llorch(*argv, input="Once upon a time").stdout == ", there was a"
-
-
-def test_run_ends_cleanly_when_interrupted() -> None:
-    argv = ["run", "Once", "--model", model(), "--provider", "numpy-cpu", "-n", "500", "--temperature", "0"]
-    command = [sys.executable, "-m", "llorch", *argv]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.read(4)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.splitlines()[-1].startswith("interrupted: ")
-    assert "Traceback" not in errors
-
-
-def test_run_is_quiet_when_its_reader_leaves() -> None:
-    argv = ["run", "Once", "--model", model(), "--provider", "numpy-cpu", "-n", "500", "--temperature", "0"]
-    command = [sys.executable, "-m", "llorch", *argv]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.read(4)
-        process.stdout.close()
-        errors = process.stderr.read()
-    assert process.returncode == 141
-    assert "Error" not in errors
-
-
-# ---- bench ----
-
-
-def test_bench_json_is_one_object_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(machine, "MATRIX_ROWS", 64)
-    argv = ["--model", model(), "--provider", "numpy-cpu,numpy-cpu", "-p", "16", "-n", "8", "-r", "3", "--json"]
-    assert bench.main(argv) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["test"] for row in rows] == ["pp16", "tg8"] * 2
-    for row in rows:
-        assert (row["provider"], row["device"], row["model"]) == ("numpy-cpu", "cpu", "stories260K")
-        assert row["repetitions"] == len(row["samples"]) == 3
-        assert row["tokens_per_second"] == sorted(row["samples"])[1]
-        assert row["stdev"] == pytest.approx(statistics.stdev(row["samples"]))
-        assert row["load_seconds"] > 0
-        assert row["bandwidth_gb_s"] == max(row["read_gb_s"], row["matvec_gb_s"]) > 0
-    prefill, decode, *_ = rows
-    assert prefill["limit_tokens_per_second"] is None
-    # all matrices but the embedding table, which is tied here and so is one of them
-    assert decode["bytes_per_token"] == pytest.approx(1040128, rel=0.02)
-    limit = decode["bandwidth_gb_s"] * 1e9 / decode["bytes_per_token"]
-    assert decode["limit_tokens_per_second"] == pytest.approx(limit)
-    assert decode["share_of_limit"] == pytest.approx(decode["tokens_per_second"] / limit)
-
-
-def test_bench_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(machine, "MATRIX_ROWS", 64)
-    assert bench.main(["--model", model(), "--provider", "numpy-cpu", "-p", "4", "-n", "4", "-r", "1"]) == 0
-    text = capsys.readouterr().out
-    for part in ("numpy-cpu", "pp4", "tg4", "tokens/s", "memory reads", "the limit is"):
-        assert part in text
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["-p", "513"], "-p is 513, the model's context is 512: give a smaller -p"),
-        (["-n", "513"], "-n is 513, the model's context is 512: give a smaller -n"),
-        (["--context", "64"], "-p is 512, --context is 64: give a smaller -p"),
-        (["-p", "0", "-n", "0"], "-p and -n are both 0: there is nothing to measure"),
-        (["--provider", ","], "--provider: expected names separated by commas, not ','"),
-    ],
-)
-def test_bench_says_what_cannot_be_measured(argv: list[str], message: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        bench.main(["--model", model(), *argv])
-    assert str(caught.value) == message
-
-
-def test_peak_memory_counts_from_the_reset() -> None:
-    if machine.peak_memory() is None:
-        pytest.skip("this system does not tell a process its peak memory")
-    # in a process of its own: the system may take pages of a large one away meanwhile
-    code = """
-from llorch import machine
-machine.reset_peak_memory()
-before = machine.peak_memory()
-block = b"x" * (64 << 20)
-print((machine.peak_memory() - before) >> 20)
-del block
-machine.reset_peak_memory()
-print((machine.peak_memory() - before) >> 20)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    with_block, after_reset = map(int, done.stdout.split())
-    assert with_block >= 48
-    assert after_reset < 32
