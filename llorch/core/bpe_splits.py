@@ -83,7 +83,7 @@ _SEED_CODER = rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_NEW
 _EXAONE_MOE = (
     rf"{_CONTRACTION}|{_LEAD}(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}|{_OTHER}[\r\n/]?|\s*[\r\n]|{_SPACES}"
 )
-_K2_HORIZON = rf"{_CONTRACTION}|{_LEAD}[\p{{L}}\p{{M}}\x{{200c}}\x{{200d}}]+|{_DIGITS}|{_REST}"
+_K2_HORIZON = rf"'\x{{17f}}|{_CONTRACTION}|{_LEAD}[\p{{L}}\p{{M}}\x{{200c}}\x{{200d}}]+|{_DIGITS}|{_REST}"
 _KIMI_K2 = rf"[{_HAN}]+|{_LEAD}[\p{{L}}&&[^{_HAN}]]+{_CONTRACTION}?|{_DIGITS}|{_REST}"
 _TEKKEN = _cased(r"\p{L}", "", r"\p{N}")
 _GPT4O = _cased(r"\p{L}", f"{_CONTRACTION}?", _DIGITS)

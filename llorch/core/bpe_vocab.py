@@ -44,7 +44,8 @@ class BytePairModel:
     def __init__(self, file: GGUFFile) -> None:
         """Raises TokenizerError for a vocabulary that cannot be used, GGUFError for a field of a wrong type,
         UnsupportedModelError for one whose tokens are not of bytes."""
-        pre = _pre_tokenizer(file)
+        self.pre: str = file.get(PRE, str, "") or "default"  # as in llama.cpp
+        pre = _pre_tokenizer(file, self.pre)
         file.get("tokenizer.ggml.add_space_prefix", bool, False)  # of no effect, but of no other type either
         self.vocabulary = Vocabulary.from_gguf(file, _defaults(file, pre))
         self._library = _library(file, self.vocabulary, pre)
@@ -78,13 +79,7 @@ def _defaults(file: GGUFFile, pre: PreTokenizer) -> Defaults:
     return Defaults(bos_id=token, eos_id=token, unk_id=None, add_bos=pre.add_bos and has_bos)
 
 
-def pre_name(file: GGUFFile) -> str:
-    """The name of the pre-tokenizer; as in llama.cpp `default` where the file has none."""
-    return file.get(PRE, str, "") or "default"
-
-
-def _pre_tokenizer(file: GGUFFile) -> PreTokenizer:
-    name = pre_name(file)
+def _pre_tokenizer(file: GGUFFile, name: str) -> PreTokenizer:
     if name in NOT_BYTE_LEVEL:
         raise UnsupportedModelError(
             f"{file.begin(PRE)} is '{name}': tokens are merged from characters there, not from bytes, which is not "

@@ -26,6 +26,7 @@ class SentencePieceModel:
     """Ordinary text to ids, and the bytes of each token. Special tokens are the Tokenizer's."""
 
     kind: Literal["sentencepiece"] = "sentencepiece"
+    pre = None
 
     def __init__(self, file: GGUFFile) -> None:
         """Raises TokenizerError for a vocabulary that cannot be used, GGUFError for a field of a wrong type."""

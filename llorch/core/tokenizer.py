@@ -23,6 +23,11 @@ class TokenizerModel(Protocol):
     @property
     def kind(self) -> Kind: ...
 
+    @property
+    def pre(self) -> str | None:
+        """The name of the pre-tokenizer, where there is one."""
+        ...
+
     vocabulary: Vocabulary
     space_prefix: bool  # `encode` puts a space before text at the start and after special tokens
 
@@ -49,6 +54,7 @@ class Tokenizer:
         self._model = model
         self._vocabulary = vocabulary = model.vocabulary
         self.kind: Kind = model.kind
+        self.pre = model.pre
         self.vocab_size = len(vocabulary.texts)
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.eog_ids = vocabulary.eog_ids

@@ -89,11 +89,15 @@ class Vocabulary:
         bos_id = _special_id(file, "bos", size, defaults.bos_id)
         eos_id = _special_id(file, "eos", size, defaults.eos_id)
         unk_id = _special_id(file, "unknown", size, defaults.unk_id)
-        named = {eos_id, _special_id(file, "eot", size), _special_id(file, "eom", size)} - {None}
-        ending = _ending_ids(file, texts)
+        in_code = {role: _special_id(file, role, size) for role in FILL_IN_THE_MIDDLE}
+        roles = (eos_id, _special_id(file, "eot", size), _special_id(file, "eom", size), *in_code.values())
+        named = {token for token in roles if token is not None}
+        ending = _ending_ids(texts, [role for role, token in in_code.items() if token is None])
         types = _types(file, size, unk_id)
-        to_force = ending | (set() if "tokenizer.ggml.token_type" in file.metadata else named | {bos_id} - {None})
-        forced = frozenset(i for i in to_force if types[i] != TokenType.CONTROL)
+        control = ending
+        if "tokenizer.ggml.token_type" not in file.metadata:
+            control = control | named | ({bos_id} if bos_id is not None else set())
+        forced = frozenset(token for token in control if types[token] != TokenType.CONTROL)
         for token in forced:
             types[token] = TokenType.CONTROL
         lstrip_ids, rstrip_ids = _stripping_ids(file, texts, types)
@@ -107,7 +111,7 @@ class Vocabulary:
             unk_id=unk_id,
             add_bos=_adds(file, "bos", defaults.add_bos, bos_id),
             add_eos=_adds(file, "eos", False, eos_id),
-            eog_ids=frozenset(i for i in named if i is not None) | ending,
+            eog_ids=frozenset(named | ending),
             lstrip_ids=lstrip_ids,
             rstrip_ids=rstrip_ids,
         )
@@ -145,15 +149,13 @@ def _special_id(file: GGUFFile, role: str, size: int, default: int | None = None
     return token
 
 
-def _ending_ids(file: GGUFFile, texts: list[str]) -> set[int]:
-    """Ids of tokens with a text that is known to end generation, or a role in code that does."""
-    named = {role: _special_id(file, role, len(texts)) for role in FILL_IN_THE_MIDDLE}
-    known = END_OF_GENERATION.union(*(texts for role, texts in FILL_IN_THE_MIDDLE.items() if named[role] is None))
+def _ending_ids(texts: list[str], in_code: list[str]) -> set[int]:
+    """Ids of tokens with a text that is known to end generation; `in_code`: the roles in code to look for, too."""
+    ending = END_OF_GENERATION.union(*(FILL_IN_THE_MIDDLE[role] for role in in_code))
     beside = set().union(*(others for _, others in _NOT_ENDING_BESIDE))
-    ids = {text: i for i, text in enumerate(texts) if text in known or text in beside}
+    ids = {text: i for i, text in enumerate(texts) if text in ending or text in beside}
     not_ending = {text for text, others in _NOT_ENDING_BESIDE if others <= ids.keys()}
-    ending = {i for text, i in ids.items() if text in known and text not in not_ending}
-    return ending.union(i for i in named.values() if i is not None)
+    return {i for text, i in ids.items() if text in ending and text not in not_ending}
 
 
 def _types(file: GGUFFile, size: int, unk_id: int | None) -> list[int]:
