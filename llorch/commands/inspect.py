@@ -56,10 +56,10 @@ def _report(file: GGUFFile) -> dict[str, Any]:
     except ModelError as error:
         problems.append(str(error))
     try:
-        kind: str | None = Tokenizer.from_gguf(file).kind
+        tokenizer: Tokenizer | None = Tokenizer.from_gguf(file)
     except ModelError as error:
         problems.append(str(error))
-        kind = None
+        tokenizer = None
     if not file.tensors:
         problems.append(f"{file.path}: the file holds no tensors, only a vocabulary")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
@@ -73,7 +73,8 @@ def _report(file: GGUFFile) -> dict[str, Any]:
         "tensors": _tensors(file),
         "tokenizer": {
             "model": _text(file, "tokenizer.ggml.model"),
-            "kind": kind,
+            "kind": tokenizer.kind if tokenizer else None,
+            "pre": tokenizer.pre if tokenizer else _text(file, "tokenizer.ggml.pre"),
             "vocab_size": len(tokens) if isinstance(tokens, list) else 0,
         },
         "memory": _memory(file, config),
@@ -146,7 +147,8 @@ def _show(report: dict[str, Any]) -> None:
             table.add_row(row["type"], str(row["count"]), f"{row['parameters']:,}", _size(row["bytes"]))
         out.print(table)
     tokenizer = report["tokenizer"]
-    out.print(f"tokenizer: {tokenizer['kind'] or tokenizer['model']}, {tokenizer['vocab_size']:,} tokens")
+    pre = f" ({tokenizer['pre']})" if tokenizer["pre"] else ""
+    out.print(f"tokenizer: {tokenizer['kind'] or tokenizer['model']}{pre}, {tokenizer['vocab_size']:,} tokens")
     weights = f"{_size(memory['weights'])} as in the file, {_size(memory['weights_f32'])} where expanded to float32"
     out.print(f"memory of the weights: {weights}")
     if memory["kv_cache"]:

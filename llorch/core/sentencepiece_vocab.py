@@ -6,7 +6,6 @@ difference is on purpose: llama.cpp may also merge ordinary text into a control 
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 import numpy as np
@@ -14,11 +13,10 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from llorch.core.gguf import GGUFFile
-from llorch.core.vocabulary import RECONVERT, Defaults, TokenType, Vocabulary, token_array
+from llorch.core.vocabulary import BYTE_TEXT, RECONVERT, Defaults, TokenType, Vocabulary, byte_of, token_array
 from llorch.errors import TokenizerError
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for the space in token texts
-_BYTE_TEXT = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _DEFAULTS = Defaults(bos_id=1, eos_id=2, unk_id=0, add_bos=True)
 _pb: Any = sentencepiece_model_pb2  # protobuf makes its names at import
 _Piece = _pb.ModelProto.SentencePiece
@@ -28,13 +26,14 @@ class SentencePieceModel:
     """Ordinary text to ids, and the bytes of each token. Special tokens are the Tokenizer's."""
 
     kind: Literal["sentencepiece"] = "sentencepiece"
+    pre = None
 
     def __init__(self, file: GGUFFile) -> None:
         """Raises TokenizerError for a vocabulary that cannot be used, GGUFError for a field of a wrong type."""
         self.vocabulary = Vocabulary.from_gguf(file, _DEFAULTS)
         self.space_prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
         byte_tokens = _byte_tokens(self.vocabulary)
-        self.token_bytes = _token_bytes(self.vocabulary, byte_tokens)
+        self._token_bytes = _token_bytes(self.vocabulary, byte_tokens)
         self._all_bytes = len(byte_tokens) == 256
         proto = _model_proto(self.vocabulary, _scores(file, len(self.vocabulary.texts)), byte_tokens)
         try:
@@ -50,9 +49,13 @@ class SentencePieceModel:
         if self._all_bytes:
             return ids
         # The pieces that _model_proto has added stand for what this vocabulary cannot spell.
-        size, unk_id = len(self.token_bytes), self.vocabulary.unk_id
+        size, unk_id = len(self._token_bytes), self.vocabulary.unk_id
         assert unk_id is not None  # 0 by default
         return [i if i < size else unk_id for i in ids]
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text: nothing for control tokens."""
+        return self._token_bytes[token]
 
 
 def _scores(file: GGUFFile, size: int) -> list[float]:
@@ -75,19 +78,10 @@ def _scores(file: GGUFFile, size: int) -> list[float]:
 
 def _byte_tokens(vocabulary: Vocabulary) -> dict[int, int]:
     """Token id by byte. Files without token types, or with all of them normal, name their bytes by text alone."""
-    byte_ids = [i for i, kind in enumerate(vocabulary.types) if kind == TokenType.BYTE]
-    tokens: dict[int, int] = {}
-    for i in byte_ids:
-        match = _BYTE_TEXT.fullmatch(vocabulary.texts[i])
-        if match is None:
-            raise TokenizerError(
-                f"{vocabulary.source}[{i}] is the byte token {vocabulary.texts[i]!r:.40}, "
-                f"expected <0x00> to <0xFF>; {RECONVERT}"
-            )
-        tokens[int(match[1], 16)] = i
-    if not byte_ids:
+    tokens = {byte_of(vocabulary, i): i for i, kind in enumerate(vocabulary.types) if kind == TokenType.BYTE}
+    if not tokens:
         for i, text in enumerate(vocabulary.texts):
-            if vocabulary.types[i] == TokenType.NORMAL and (match := _BYTE_TEXT.fullmatch(text)):
+            if vocabulary.types[i] == TokenType.NORMAL and (match := BYTE_TEXT.fullmatch(text)):
                 tokens[int(match[1], 16)] = i
     return tokens
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Literal, Protocol
 
+from llorch.core.bpe_vocab import BytePairModel
 from llorch.core.gguf import GGUFFile
 from llorch.core.model_files import open_model
 from llorch.core.sentencepiece_vocab import SentencePieceModel
+from llorch.core.special_tokens import SpecialTokens
 from llorch.core.vocabulary import TokenType, Vocabulary
 from llorch.errors import InvalidRequestError, TokenizerError, UnsupportedModelError
 
@@ -21,18 +23,27 @@ class TokenizerModel(Protocol):
     @property
     def kind(self) -> Kind: ...
 
+    @property
+    def pre(self) -> str | None:
+        """The name of the pre-tokenizer, where there is one."""
+        ...
+
     vocabulary: Vocabulary
-    token_bytes: list[bytes]  # by id; b"" for control tokens
     space_prefix: bool  # `encode` puts a space before text at the start and after special tokens
 
     def encode(self, text: str, after_special: bool) -> list[int]:
         """Ids of a text that holds no special token."""
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token of the vocabulary adds to a text; b"" for a control token."""
+        ...
+
 
 # tokenizer.ggml.model -> what reads it
-MODELS: dict[str, Callable[[GGUFFile], TokenizerModel]] = {"llama": SentencePieceModel}
-_NOT_YET = {"gpt2": "byte-level BPE", "bert": "WordPiece", "t5": "Unigram", "rwkv": "RWKV", "plamo2": "PLaMo-2"}
+MODELS: dict[str, Callable[[GGUFFile], TokenizerModel]] = {"llama": SentencePieceModel, "gpt2": BytePairModel}
+_NOT_YET = {"bert": "WordPiece", "t5": "Unigram", "rwkv": "RWKV", "plamo2": "PLaMo-2", "gemma4": "character-level BPE"}
+_MATCHED = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
 
 
 class Tokenizer:
@@ -43,14 +54,18 @@ class Tokenizer:
         self._model = model
         self._vocabulary = vocabulary = model.vocabulary
         self.kind: Kind = model.kind
+        self.pre = model.pre
         self.vocab_size = len(vocabulary.texts)
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.eog_ids = vocabulary.eog_ids
-        self._special = _matchers(vocabulary, {TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED})
-        self._user_defined = _matchers(vocabulary, {TokenType.USER_DEFINED})
+        by_kind = {kind: [i for i, k in enumerate(vocabulary.types) if k == kind] for kind in _MATCHED}
+        user_defined = by_kind[TokenType.USER_DEFINED]
+        self._user_defined = SpecialTokens(vocabulary, user_defined)
+        self._special = SpecialTokens(vocabulary, (i for ids in by_kind.values() for i in ids))
         # a guard breaks a text in two, which one character cannot be
-        self.control_texts = {text for text in self._special.keys() - self._user_defined.keys() if len(text) > 1}
-        self._guarded = {t: i for t, i in self._special.items() if t in self.control_texts or t in self._user_defined}
+        self.control_texts = {t for t in self._special.ids.keys() - self._user_defined.ids.keys() if len(t) > 1}
+        breakable = [i for text, i in self._special.ids.items() if text in self.control_texts]
+        self._guarded = SpecialTokens(vocabulary, [*breakable, *user_defined])
 
     @classmethod
     def from_gguf(cls, source: str | os.PathLike[str] | GGUFFile) -> Tokenizer:
@@ -68,7 +83,7 @@ class Tokenizer:
             what = f"{_NOT_YET[kind]} vocabularies are" if kind in _NOT_YET else "this kind of vocabulary is"
             raise UnsupportedModelError(
                 f"{source.path}: tokenizer.ggml.model is {kind!r:.80}: {what} not supported yet; "
-                "supported: 'llama' (SentencePiece); use a model with such a vocabulary"
+                "supported: 'llama' (SentencePiece) and 'gpt2' (byte-level BPE); use a model with such a vocabulary"
             )
         return cls(MODELS[kind](source))
 
@@ -88,7 +103,7 @@ class Tokenizer:
         ids = [vocabulary.bos_id] if add_special and vocabulary.bos_id is not None and vocabulary.add_bos else []
         after_special = True
         special = self._special if guard is None else self._guarded
-        parts = _split(text, special if parse_special else self._user_defined)
+        parts = (special if parse_special else self._user_defined).split(text)
         if guard is not None:
             parts = [piece for part in parts for piece in self._without(guard, part)]
         for part in parts:
@@ -116,7 +131,7 @@ class Tokenizer:
         """A part of a text without the guard; user-defined tokens that it broke are whole again."""
         if isinstance(part, int) or guard not in part:
             return [part]
-        return _split(part.replace(guard, ""), self._user_defined)
+        return self._user_defined.split(part.replace(guard, ""))
 
     def text(self, token: int) -> str:
         """The vocabulary's own text of a token, such as `<s>`. Raises InvalidRequestError as `token_bytes` does."""
@@ -151,7 +166,7 @@ class Tokenizer:
             raise InvalidRequestError(
                 f"token {token} is outside the vocabulary of {self.vocab_size}: use ids from 0 to {self.vocab_size - 1}"
             )
-        return self._model.token_bytes[token]
+        return self._model.token_bytes(token)
 
 
 def _check_unicode(text: str) -> None:
@@ -162,30 +177,3 @@ def _check_unicode(text: str) -> None:
             f"character {error.start} of {len(text)} is the lone surrogate U+{ord(text[error.start]):04X}: "
             "send well-formed Unicode"
         ) from None
-
-
-def _matchers(vocabulary: Vocabulary, kinds: set[TokenType]) -> dict[str, int]:
-    """Ids by the text that is matched, longest (in bytes) first."""
-    texts = {t: i for i, (t, k) in enumerate(zip(vocabulary.texts, vocabulary.types, strict=True)) if t and k in kinds}
-    return dict(sorted(texts.items(), key=lambda item: -len(item[0].encode())))
-
-
-def _split(text: str, matchers: dict[str, int]) -> list[str | int]:
-    """Text and special tokens in their order. As in llama.cpp a longer token wins over a shorter one that overlaps it,
-    even where the shorter one starts first."""
-    parts: list[str | int] = [text] if text else []
-    for special, token in matchers.items():
-        if special in text:
-            parts = [piece for part in parts for piece in _cut(part, special, token)]
-    return parts
-
-
-def _cut(part: str | int, special: str, token: int) -> Iterator[str | int]:
-    if isinstance(part, int):
-        yield part
-        return
-    for index, piece in enumerate(part.split(special)):
-        if index:
-            yield token
-        if piece:
-            yield piece

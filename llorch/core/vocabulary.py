@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -25,22 +26,28 @@ class TokenType(IntEnum):
 
 
 # Texts that end generation whatever the metadata says, as in llama.cpp (src/llama-vocab.cpp): many files name only one
-# of eos and eot. The last two lines are what code models emit to pad or to begin another file.
+# of eos and eot.
 # fmt: off
 END_OF_GENERATION = frozenset({
     "</s>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<|eom_id|>",
     "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "<end_of_utterance>", "<turn|>", "<|return|>", "<|call|>",
-    "<|calls|>", "<|flush|>", "<|tool_response>", "[e~[", "<｜end▁of▁sentence｜>",
-    "<|fim_pad|>", "<fim-pad>", "<PAD>", "[PAD]",
-    "<|fim_repo|>", "<fim-repo>", "<|repo_name|>", "<REPO>", "<reponame>", "<|file_sep|>",
+    "<|calls|>", "<|flush|>", "<|tool_response>", "[e~[", "<|ifm|im_end|>", "<｜end▁of▁sentence｜>",
 })
+# What code models emit to pad, or to begin another repository or file: by their texts where the metadata names none.
+FILL_IN_THE_MIDDLE = {
+    "fim_pad": frozenset({"<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"}),
+    "fim_rep": frozenset({"<|fim_repo|>", "<fim-repo>", "<|repo_name|>", "<REPO>", "<reponame>"}),
+    "fim_sep": frozenset({"<|file_sep|>", "<|plamo:file_separator|>"}),
+}
 # fmt: on
 # ... but not where these others are in the vocabulary: there the first only closes one message of several.
 _NOT_ENDING_BESIDE = (
     ("<|end|>", {"<|return|>", "<|call|>"}),
     ("<|end|>", {"<|calls|>", "<|flush|>"}),
     ("</s>", {"<|tool_response>"}),
+    ("</s>", {"<|plamo:eos|>"}),
 )
+BYTE_TEXT = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 RECONVERT = "convert the model again with a current converter"
 
 
@@ -48,8 +55,8 @@ RECONVERT = "convert the model again with a current converter"
 class Defaults:
     """What llama.cpp assumes of a kind of vocabulary where the metadata is silent."""
 
-    bos_id: int
-    eos_id: int
+    bos_id: int | None
+    eos_id: int | None
     unk_id: int | None
     add_bos: bool
 
@@ -61,12 +68,15 @@ class Vocabulary:
     source: str  # the file and the field of the texts, for messages
     texts: list[str]
     types: list[int]
+    forced_control: frozenset[int]  # control tokens that are none in the file
     bos_id: int | None
     eos_id: int | None
     unk_id: int | None
     add_bos: bool
     add_eos: bool
     eog_ids: frozenset[int]
+    lstrip_ids: frozenset[int]  # special tokens that take the white space in front of them with them
+    rstrip_ids: frozenset[int]  # ... and behind them
 
     @classmethod
     def from_gguf(cls, file: GGUFFile, defaults: Defaults) -> Vocabulary:
@@ -79,18 +89,31 @@ class Vocabulary:
         bos_id = _special_id(file, "bos", size, defaults.bos_id)
         eos_id = _special_id(file, "eos", size, defaults.eos_id)
         unk_id = _special_id(file, "unknown", size, defaults.unk_id)
-        named = {eos_id, _special_id(file, "eot", size), _special_id(file, "eom", size)} - {None}
-        ending = _ending_ids(texts)
+        in_code = {role: _special_id(file, role, size) for role in FILL_IN_THE_MIDDLE}
+        roles = (eos_id, _special_id(file, "eot", size), _special_id(file, "eom", size), *in_code.values())
+        named = {token for token in roles if token is not None}
+        ending = _ending_ids(texts, [role for role, token in in_code.items() if token is None])
+        types = _types(file, size, unk_id)
+        control = ending
+        if "tokenizer.ggml.token_type" not in file.metadata:
+            control = control | named | ({bos_id} if bos_id is not None else set())
+        forced = frozenset(token for token in control if types[token] != TokenType.CONTROL)
+        for token in forced:
+            types[token] = TokenType.CONTROL
+        lstrip_ids, rstrip_ids = _stripping_ids(file, texts, types)
         return cls(
             source=file.begin("tokenizer.ggml.tokens"),
             texts=texts,
-            types=_types(file, size, ending, named | {bos_id}, unk_id),
+            types=types,
+            forced_control=forced,
             bos_id=bos_id,
             eos_id=eos_id,
             unk_id=unk_id,
             add_bos=_adds(file, "bos", defaults.add_bos, bos_id),
             add_eos=_adds(file, "eos", False, eos_id),
-            eog_ids=frozenset(i for i in named if i is not None) | ending,
+            eog_ids=frozenset(named | ending),
+            lstrip_ids=lstrip_ids,
+            rstrip_ids=rstrip_ids,
         )
 
 
@@ -105,6 +128,17 @@ def token_array(file: GGUFFile, name: str, size: int) -> npt.NDArray[Any] | None
     return values
 
 
+def byte_of(vocabulary: Vocabulary, token: int) -> int:
+    """The byte that a byte token stands for. Raises TokenizerError where its text is none of `<0x00>` to `<0xFF>`."""
+    match = BYTE_TEXT.fullmatch(vocabulary.texts[token])
+    if match is None:
+        raise TokenizerError(
+            f"{vocabulary.source}[{token}] is the byte token {vocabulary.texts[token]!r:.40}, "
+            f"expected <0x00> to <0xFF>; {RECONVERT}"
+        )
+    return int(match[1], 16)
+
+
 def _special_id(file: GGUFFile, role: str, size: int, default: int | None = None) -> int | None:
     key = f"tokenizer.ggml.{role}_token_id"
     token = file.get(key, int, None)
@@ -115,30 +149,48 @@ def _special_id(file: GGUFFile, role: str, size: int, default: int | None = None
     return token
 
 
-def _ending_ids(texts: list[str]) -> set[int]:
-    """Ids of tokens with a text that is known to end generation."""
-    ids = {text: i for i, text in enumerate(texts) if text in END_OF_GENERATION}
+def _ending_ids(texts: list[str], in_code: list[str]) -> set[int]:
+    """Ids of tokens with a text that is known to end generation; `in_code`: the roles in code to look for, too."""
+    ending = END_OF_GENERATION.union(*(FILL_IN_THE_MIDDLE[role] for role in in_code))
+    beside = set().union(*(others for _, others in _NOT_ENDING_BESIDE))
+    ids = {text: i for i, text in enumerate(texts) if text in ending or text in beside}
     not_ending = {text for text, others in _NOT_ENDING_BESIDE if others <= ids.keys()}
-    return {i for text, i in ids.items() if text not in not_ending}
+    return {i for text, i in ids.items() if text in ending and text not in not_ending}
 
 
-def _types(file: GGUFFile, size: int, ending: set[int], named: set[int | None], unk_id: int | None) -> list[int]:
-    """Token types by id. As in llama.cpp a text known to end generation is a control token whatever the file says,
-    for some converters forget it. In a file without types, `named` are control tokens, too."""
+def _types(file: GGUFFile, size: int, unk_id: int | None) -> list[int]:
+    """Token types by id, as the file has them; in one without types all are normal but the unknown token."""
     values = token_array(file, "token_type", size)
-    types: list[int] = [int(TokenType.NORMAL)] * size if values is None else values.tolist()
-    known = set(TokenType)
-    for index, kind in enumerate(types):
-        if kind not in known:
-            raise TokenizerError(
-                f"{file.begin('tokenizer.ggml.token_type')}[{index}] is {kind}, expected 1 to 6; {RECONVERT}"
-            )
-    if values is None and unk_id is not None:
-        types[unk_id] = TokenType.UNKNOWN
-    for token in ending | (named if values is None else set()):
-        if token is not None:
-            types[token] = TokenType.CONTROL
+    if values is None:
+        values = np.full(size, TokenType.NORMAL)
+        if unk_id is not None:
+            values[unk_id] = TokenType.UNKNOWN
+    if (wrong := np.isin(values, list(TokenType), invert=True)).any():
+        index = int(wrong.argmax())
+        key = file.begin("tokenizer.ggml.token_type")
+        raise TokenizerError(f"{key}[{index}] is {values[index]}, expected 1 to 6; {RECONVERT}")
+    types: list[int] = values.astype(np.int64).tolist()
     return types
+
+
+def _stripping_ids(file: GGUFFile, texts: list[str], types: list[int]) -> tuple[frozenset[int], frozenset[int]]:
+    """Tokens that take white space to their left, and to their right, with them.
+
+    No field says which: as in llama.cpp (src/llama-vocab.cpp) they go by the names of the models that have such tokens.
+    """
+    name, pre = file.get("general.name", str, "").lower(), file.get("tokenizer.ggml.pre", str, "")
+    if any(jina in pre for jina in ("jina-v2-de", "jina-v2-es", "jina-v2-code")):
+        return frozenset(i for i, text in enumerate(texts) if text == "<mask>"), frozenset()
+    if "phi-3" in name or "phi3" in name:
+        special, plain = (
+            {TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN},
+            {"<unk>", "<s>", "<|endoftext|>"},
+        )
+        tokens = enumerate(zip(texts, types, strict=True))
+        return frozenset(), frozenset(i for i, (text, kind) in tokens if kind in special and text not in plain)
+    if "modern-bert" in name:
+        return frozenset(i for i, text in enumerate(texts) if text == "[MASK]"), frozenset()
+    return frozenset(), frozenset()
 
 
 def _adds(file: GGUFFile, role: str, default: bool, token: int | None) -> bool:

@@ -18,6 +18,7 @@ from llorch.http.openai.errors import beside
 from llorch.http.openai.routes import OPENAI_ROUTES
 from llorch.http.service import Worker
 from llorch.http.settings import ServeSettings
+from llorch.http.tokens import TOKEN_ROUTES, TOKENIZE_FIELDS, detokenize_fields
 from llorch.http.worker import ROUTES
 
 
@@ -30,13 +31,15 @@ def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
     bodies = {
         "/execute": Body(execute_fields(settings.max_tokens_limit, None), example),
         "/cancel": Body(CANCEL_FIELDS, {"job_id": "job-1"}),
+        "/tokenize": Body(TOKENIZE_FIELDS, {"text": "Once upon a time"}),
+        "/detokenize": Body(detokenize_fields(None), {"tokens": [1, 403, 407]}),
         "/v1/chat/completions": Body(chat_fields(Bounds()), {"messages": messages, "stream": True}, lenient=True),
         "/v1/completions": Body(
             completion_fields(Bounds()), {"prompt": "Once upon a time", "max_tokens": 64}, lenient=True
         ),
     }
     app = Litestar(
-        route_handlers=[*ROUTES, *OPENAI_ROUTES, *page.ROUTES, assets_router()],
+        route_handlers=[*ROUTES, *TOKEN_ROUTES, *OPENAI_ROUTES, *page.ROUTES, assets_router()],
         dependencies={
             "worker": Provide(lambda: worker, sync_to_thread=False),
             "completions": Provide(lambda: completions, sync_to_thread=False),

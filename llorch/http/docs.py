@@ -67,9 +67,10 @@ def document(generated: dict[str, Any], bodies: Mapping[str, Body]) -> dict[str,
         schema = {
             "type": "object",
             "additionalProperties": body.lenient,
-            "required": [field.name for field in body.fields if field.required],
             "properties": {field.name: field.schema() for field in body.fields},
         }
+        if required := [field.name for field in body.fields if field.required]:
+            schema["required"] = required
         content = {"application/json": {"schema": schema, "example": body.example}}
         converted["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
     if "security" in converted:

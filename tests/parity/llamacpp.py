@@ -110,6 +110,11 @@ PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_free": (None, [Handle]),
     "llama_model_get_vocab": (Handle, [Handle]),
     "llama_vocab_n_tokens": (C.c_int32, [Handle]),
+    "llama_vocab_is_eog": (C.c_bool, [Handle, C.c_int32]),
+    "llama_tokenize": (
+        C.c_int32,
+        [Handle, C.c_char_p, C.c_int32, C.POINTER(C.c_int32), C.c_int32, C.c_bool, C.c_bool],
+    ),
     "llama_n_ctx": (C.c_uint32, [Handle]),
     "llama_n_threads": (C.c_int32, [Handle]),
     "llama_get_memory": (Handle, [Handle]),
@@ -246,6 +251,39 @@ class LlamaCpp:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+
+class LlamaVocabulary:
+    """The vocabulary of a model file in llama.cpp. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._api = library()
+        start = len(_log)
+        params = self._api.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._model = self._api.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise RuntimeError(f"llama.cpp cannot load {path}: {_complaints(start)}")
+        self._vocabulary = self._api.llama_model_get_vocab(self._model)
+        self.size: int = self._api.llama_vocab_n_tokens(self._vocabulary)
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        raw = text.encode()
+        room = len(raw) + 2  # BOS, EOS, and a token a byte
+        ids = (C.c_int32 * room)()
+        count = self._api.llama_tokenize(self._vocabulary, raw, len(raw), ids, room, add_special, parse_special)
+        assert count >= 0, f"{-count} tokens, {room} were expected at most"
+        return ids[:count]
+
+    @property
+    def eog_ids(self) -> set[int]:
+        return {i for i in range(self.size) if self._api.llama_vocab_is_eog(self._vocabulary, i)}
+
+    def __enter__(self) -> LlamaVocabulary:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._api.llama_model_free(self._model)
 
 
 def _complaints(start: int) -> str:

@@ -226,7 +226,7 @@ def test_inspect_json(capsys: pytest.CaptureFixture[str]) -> None:
         "bytes": 1040128,
         "by_type": [{"type": "F32", "count": 47, "parameters": 260032, "bytes": 1040128}],
     }
-    assert report["tokenizer"] == {"model": "llama", "kind": "sentencepiece", "vocab_size": 512}
+    assert report["tokenizer"] == {"model": "llama", "kind": "sentencepiece", "pre": None, "vocab_size": 512}
     # keys and values of 5 layers, 4 heads of 8, 512 tokens
     assert report["memory"]["kv_cache"] == [
         {"context": 512, "f32": 2 * 5 * 4 * 8 * 512 * 4, "f16": 2 * 5 * 4 * 8 * 512 * 2}

@@ -1,72 +1,30 @@
-"""The tokenizer: llama.cpp's ids to the letter, special tokens, and every ill-formed vocabulary as one clear error."""
+"""The tokenizer over SentencePiece vocabularies: special tokens, and every ill-formed file as one clear error."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
-import httpx
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import llorch
 from llorch.core.gguf import GGUFFile
 from llorch.core.tokenizer import Tokenizer
 from llorch.errors import GGUFError, InvalidRequestError, TokenizerError, UnsupportedModelError
-from tests.support import absent, shared, synthetic
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-Token = tuple[str, float, int]
-
-BYTES: list[Token] = [(f"<0x{i:02X}>", 0.0, BYTE) for i in range(256)]
-BASE: list[Token] = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL), *BYTES]
-LETTERS: list[Token] = [(letter, -100.0, NORMAL) for letter in "▁abcd"]
-
-
-def write(path: Path, tokens: Sequence[Token], /, *, tensors: bool = False, **fields: Any) -> Path:
-    """A SentencePiece vocabulary; with tensors, a model that llama.cpp loads. A field that is None is left out."""
-    texts, scores, types = zip(*tokens, strict=True)
-    known = {"model": "llama", "tokens": texts, "scores": scores, "token_type": types, **fields}
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in known.items():
-        name = f"tokenizer.ggml.{key}"
-        if isinstance(value, str):
-            writer.add_string(name, value)
-        elif isinstance(value, bool):
-            writer.add_bool(name, value)
-        elif isinstance(value, int):
-            (writer.add_uint32 if value >= 0 else writer.add_int32)(name, value)
-        elif value is not None:
-            writer.add_array(name, list(value))
-    if tensors:
-        add_tensors(writer, len(tokens))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def add_tensors(writer: gguf.GGUFWriter, size: int, dim: int = 32) -> None:
-    writer.add_context_length(64)
-    writer.add_embedding_length(dim)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(dim)
-    writer.add_head_count(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(dim)
-    shapes = {"token_embd": (size, dim), "output": (size, dim), "output_norm": (dim,)}
-    shapes |= {f"blk.0.{name}": (dim,) for name in ("attn_norm", "ffn_norm")}
-    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-    shapes |= {f"blk.0.{name}": (dim, dim) for name in matrices}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
-
+from tests.support import shared, synthetic
+from tests.vocabulary_files import (
+    BASE,
+    BYTE,
+    CONTROL,
+    LETTERS,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Token,
+    write_sentencepiece,
+)
 
 Make = Callable[..., Tokenizer]
 
@@ -74,43 +32,12 @@ Make = Callable[..., Tokenizer]
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     def maker(tokens: Sequence[Token], /, **fields: Any) -> Tokenizer:
-        return Tokenizer.from_gguf(write(tmp_path / "vocab.gguf", tokens, **fields))
+        return Tokenizer.from_gguf(write_sentencepiece(tmp_path / "vocab.gguf", tokens, **fields))
 
     return maker
 
 
-@pytest.fixture(scope="module")
-def llama() -> Tokenizer:
-    return Tokenizer.from_gguf(shared("vocabs", "ggml-vocab-llama-spm.gguf"))
-
-
-# ---- real vocabularies ----
-
-
-def test_all_47_strings_of_the_llama_vocabulary_are_exact(llama: Tokenizer) -> None:
-    strings = shared("vocabs", "ggml-vocab-llama-spm.gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
-    lines = shared("vocabs", "ggml-vocab-llama-spm.gguf.out").read_text().split("\n")
-    assert len(strings) == len(lines) == 47
-    for string, line in zip(strings, lines, strict=True):
-        expected = [int(token) for token in line.split()]
-        assert llama.encode(string, add_special=False) == expected, string
-        assert llama.decode(expected) == string
-
-
-def test_what_the_llama_vocabulary_says_about_itself(llama: Tokenizer) -> None:
-    assert (llama.kind, llama.vocab_size, llama.bos_id, llama.eos_id) == ("sentencepiece", 32000, 1, 2)
-    assert llama.eog_ids == {2}
-    assert (llama.token_bytes(1), llama.token_bytes(13), llama.token_bytes(15043)) == (b"", b"\n", b" Hello")
-
-
-# For SentencePiece U+2581 stands for the space, so no text with it comes back as it was.
-@settings(max_examples=500, deadline=None)
-@given(text=st.text().filter(lambda text: "▁" not in text))
-def test_decoding_gives_back_what_was_encoded(llama: Tokenizer, text: str) -> None:
-    assert llama.decode(llama.encode(text)) == text
-    assert (
-        b"".join(map(llama.token_bytes, llama.encode(text, add_special=False))) == (f" {text}" if text else "").encode()
-    )
+# ---- models ----
 
 
 def test_the_small_model_of_the_checkpoints() -> None:
@@ -130,104 +57,6 @@ def test_a_synthetic_model(tmp_path: Path) -> None:
 
 def test_it_is_public() -> None:
     assert llorch.Tokenizer is Tokenizer
-
-
-# ---- against llama.cpp itself ----
-
-EXTRA: list[Token] = [
-    ("<|im_start|>", -1000.0, CONTROL),
-    ("<|im_end|>", -1000.0, CONTROL),
-    ("<|im", -1000.0, CONTROL),  # shorter than those that begin with it
-    ("im_e", -1000.0, USER_DEFINED),  # within a longer one
-    ("\n\n", -1000.0, USER_DEFINED),
-    ("   ", -1000.0, USER_DEFINED),
-    ("<tool>", -1000.0, USER_DEFINED),
-    ("<pad>", -1000.0, UNUSED),
-]
-FRAGMENTS = [
-    "<s>",
-    "</s>",
-    "<unk>",
-    "<0x41>",
-    "the",
-    " the",
-    " ",
-    "\t",
-    "\n",
-    "▁",
-    "▁▁",
-    "é",
-    "e\u0301",
-    "🦙",
-    "한국",
-    "\0",
-]
-FRAGMENTS += ["\ufffd", "\u200d", "\u3000"] + [text for text, _, _ in EXTRA]
-
-
-def random_text(rng: random.Random) -> str:
-    parts = []
-    for _ in range(rng.randint(0, 12)):
-        kind = rng.random()
-        if kind < 0.5:
-            parts.append(rng.choice(FRAGMENTS))
-        elif kind < 0.8:
-            parts.append("".join(rng.choices("abcdefghij <>|_\n .,0123", k=rng.randint(1, 12))))
-        else:
-            parts.append(chr(rng.choice([rng.randint(1, 0xD7FF), rng.randint(0xE000, 0x10FFFF)])))
-    return "".join(parts)
-
-
-Post = Callable[..., Any]
-
-
-def serve_with_llama_cpp(path: Path) -> Iterator[Post]:
-    """POSTs to llama.cpp's own server on the loopback interface."""
-    try:
-        import xllamacpp
-    except ImportError as error:
-        absent(f"xllamacpp (extra `parity`) cannot be imported: {error}")
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(path)
-    parameters.n_ctx, parameters.n_gpu_layers, parameters.warmup, parameters.verbosity = 64, 0, False, 0
-    parameters.cpuparams.n_threads, parameters.port = 1, 0
-    server = xllamacpp.Server(parameters)
-    with httpx.Client(base_url=server.listening_address, trust_env=False, timeout=30) as client:
-        yield lambda route, **body: client.post(route, json=body).raise_for_status().json()
-    del server
-
-
-@pytest.fixture(scope="module", params=["as it is", "with more special tokens", "without a space prefix"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tokenizer, Post]]:
-    """The llama vocabulary here and in llama.cpp."""
-    with GGUFFile.open(shared("vocabs", "ggml-vocab-llama-spm.gguf")) as file:
-        texts = file.get("tokenizer.ggml.tokens", list)
-        scores, types = (file.get(f"tokenizer.ggml.{key}", np.ndarray).tolist() for key in ("scores", "token_type"))
-    tokens = list(zip(texts, scores, types, strict=True))
-    fields = {}
-    if request.param != "as it is":
-        tokens += EXTRA
-    if request.param == "without a space prefix":
-        fields = {"add_space_prefix": False, "add_bos_token": False, "add_eos_token": True}
-    path = write(tmp_path_factory.mktemp("parity") / "model.gguf", tokens, tensors=True, **fields)
-    for post in serve_with_llama_cpp(path):
-        yield Tokenizer.from_gguf(path), post
-
-
-def test_random_texts_have_the_ids_that_llama_cpp_gives_them(pair: tuple[Tokenizer, Post]) -> None:
-    tokenizer, post = pair
-    rng = random.Random(5)
-    for _ in range(400):
-        text, add_special, parse_special = random_text(rng), rng.random() < 0.5, rng.random() < 0.5
-        expected = post("/tokenize", content=text, add_special=add_special, parse_special=parse_special)["tokens"]
-        assert tokenizer.encode(text, add_special, parse_special) == expected, (text, add_special, parse_special)
-
-
-def test_tokens_stand_for_the_bytes_that_llama_cpp_writes(pair: tuple[Tokenizer, Post]) -> None:
-    tokenizer, post = pair
-    tokens = [i for i in range(259, tokenizer.vocab_size) if tokenizer.token_bytes(i)]
-    assert len(tokens) > 31_000
-    assert b"".join(map(tokenizer.token_bytes, tokens)).decode() == post("/detokenize", tokens=tokens)["content"]
 
 
 # ---- special tokens ----
@@ -412,15 +241,12 @@ def test_a_bos_token_that_is_wanted_and_absent(make: Make) -> None:
         make([("<unk>", 0.0, UNKNOWN)])
 
 
-@pytest.mark.parametrize("name", ["ggml-vocab-llama-bpe.gguf", "ggml-vocab-qwen2.gguf"])
-def test_byte_level_bpe_is_refused_by_name(name: str) -> None:
-    path = shared("vocabs", name)
-    with pytest.raises(UnsupportedModelError) as error:
-        Tokenizer.from_gguf(path)
-    assert str(error.value) == (
-        f"{path}: tokenizer.ggml.model is 'gpt2': byte-level BPE vocabularies are not supported yet; "
-        "supported: 'llama' (SentencePiece); use a model with such a vocabulary"
-    )
+@pytest.mark.parametrize(
+    ("model", "what"), [("bert", "WordPiece"), ("t5", "Unigram"), ("gemma4", "character-level BPE")]
+)
+def test_kinds_that_are_known_and_not_supported_are_refused_by_name(make: Make, model: str, what: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"is '{model}': {what} vocabularies are not .* 'llama' .* 'gpt2'"):
+        make(BASE, model=model)
 
 
 def test_a_kind_that_nobody_knows(make: Make) -> None:
