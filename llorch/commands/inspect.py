@@ -14,7 +14,7 @@ from pydantic_settings import CliPositionalArg
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from llorch.commands._terminal import console
+from llorch.commands._terminal import console, loading
 from llorch.errors import ModelError
 from llorch.settings import ReportSettings, parse
 
@@ -28,14 +28,18 @@ SHORTEST_CONTEXT = 512
 class InspectSettings(ReportSettings):
     """Show what is in a GGUF file and how much memory it needs. Weights are not read."""
 
-    model: CliPositionalArg[Path] = Field(description="GGUF file", examples=["model.gguf"])
+    model: CliPositionalArg[Path] = Field(
+        description="GGUF file, or hf:OWNER/REPO[:FILE or QUANT] to download", examples=["model.gguf"]
+    )
 
 
 def main(argv: Sequence[str]) -> int:
     settings = parse(InspectSettings, argv, "llorch inspect")
     from llorch.core.model_files import open_model
 
-    with open_model(settings.model) as file:
+    with loading() as progress:
+        file = open_model(settings.model, progress)
+    with file:
         report = _report(file)
     if settings.as_json:
         print(json.dumps(report, indent=2))

@@ -27,6 +27,7 @@ from llorch.errors import SettingsError, TokenizerError
 from llorch.providers import registry
 from llorch.providers.spec import Device, DeviceInfo, DeviceOptions
 
+DOWNLOAD_SHARE = 0.9  # of the progress that is reported
 OUTPUT_ROWS = 64  # rows of logits a step may give; more are computed in several steps
 
 
@@ -45,7 +46,8 @@ def load(
 ) -> LLM:
     """Loads a GGUF model on a provider's device.
 
-    `model`: a file (any part of a split one), or a directory or pattern that holds one model.
+    `model`: a file (any part of a split one), a directory or pattern that holds one model, or a model of the Hugging
+    Face Hub: "hf:OWNER/REPO", ":FILE" or ":QUANT" behind it where the repository has several.
     `context`: tokens of one sequence, the model's own by default. `cache_type`: "f32" or "f16", the provider's default
     where None. `parallel`: sequences that run together. `chunk`: most tokens of one step. `chat_template`: a
     file, or the name of one of the model's templates, instead of the model's default. `progress` gets a fraction and
@@ -53,7 +55,8 @@ def load(
     """
     start = time.perf_counter()
     chosen, why = registry.choose(provider)
-    file = open_model(model)
+    stages = _Stages(progress)
+    file = open_model(model, stages.download)
     opened: Device | None = None
     chat: Chat | None = None
     try:
@@ -67,7 +70,7 @@ def load(
         limits = _limits(config, context, parallel, chunk)
         chat = Chat.from_gguf(file, tokenizer, chat_template)
         opened = chosen.open(device, DeviceOptions(threads=threads))
-        weights = load_weights(file, config, opened, progress)
+        weights = load_weights(file, config, opened, stages.load)
         bound = BoundModel(config, chosen, opened, weights, limits, cache_type)
     except BaseException:
         if chat is not None:
@@ -83,6 +86,20 @@ def load(
         *weights.notes,
     ]
     return LLM(file, tokenizer, chat, bound, start_lines, time.perf_counter() - start)
+
+
+class _Stages:
+    """One progress from two: most of it is a download, where there is one."""
+
+    def __init__(self, progress: Callable[[float, str], None]) -> None:
+        self._progress, self._done = progress, 0.0
+
+    def download(self, fraction: float, text: str) -> None:
+        self._done = DOWNLOAD_SHARE
+        self._progress(DOWNLOAD_SHARE * fraction, text)
+
+    def load(self, fraction: float, text: str) -> None:
+        self._progress(self._done + (1 - self._done) * fraction, text)
 
 
 def _limits(config: ModelConfig, context: int | None, parallel: int, chunk: int) -> Limits:
