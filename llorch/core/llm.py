@@ -16,6 +16,7 @@ from llorch.core.cache import BlockAllocator
 from llorch.core.chat import Chat
 from llorch.core.config import ModelConfig
 from llorch.core.engine import Engine
+from llorch.core.forecast import Forecaster
 from llorch.core.gguf import GGUFFile
 from llorch.core.loader import load_weights
 from llorch.core.model_files import open_model
@@ -67,9 +68,10 @@ def load(
                 f"{file.begin('tokenizer.ggml.tokens')} has {tokenizer.vocab_size} tokens, token_embd.weight "
                 f"{config.vocab_size} rows; convert the model again with a current converter"
             )
-        limits = _limits(config, context, parallel, chunk)
+        limits = limits_of(config, context, parallel, chunk)
         chat = Chat.from_gguf(file, tokenizer, chat_template)
         opened = chosen.open(device, DeviceOptions(threads=threads))
+        Forecaster(file, config, chosen, opened).check(limits, cache_type)
         weights = load_weights(file, config, opened, stages.load)
         bound = BoundModel(config, chosen, opened, weights, limits, cache_type)
     except BaseException:
@@ -102,7 +104,8 @@ class _Stages:
         self._progress(self._done + (1 - self._done) * fraction, text)
 
 
-def _limits(config: ModelConfig, context: int | None, parallel: int, chunk: int) -> Limits:
+def limits_of(config: ModelConfig, context: int | None, parallel: int, chunk: int) -> Limits:
+    """The limits of a model that is loaded with these settings. Raises SettingsError."""
     if context is not None and not 1 < context <= config.context_length:
         raise SettingsError(
             f"context {context} is outside 2 to {config.context_length}, the context this model was trained for"
