@@ -27,9 +27,11 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--seconds", type=int, default=60)
     options.add_argument("--keep", action="store_true", help="merge what was found before into the corpus, then end")
-    given = options.parse_args()
+    given, of_libfuzzer = options.parse_known_args()
     for folder in (FOUND, FINDINGS):
         folder.mkdir(parents=True, exist_ok=True)
+    if of_libfuzzer:  # a merge runs the inputs in processes of its own, which it starts with this command
+        _fuzz(of_libfuzzer)
     if given.keep:
         _fuzz([f"-max_len={LARGEST}", "-merge=1", str(CORPUS), str(FOUND)])
     dictionary = FOUND.parent / "fuzz.dict"
@@ -63,7 +65,11 @@ def _fuzz(arguments: list[str]) -> None:
     def mutate(data: bytes, largest: int, seed: int) -> bytes:
         return atheris.Mutate(data, largest) if seed % 2 else mutated(whole[seed // 2 % len(whole)], seed)[:largest]
 
-    atheris.Setup([sys.argv[0], *arguments], lambda data: check(data, path) and None, custom_mutator=mutate)
+    atheris.Setup(
+        [f"{sys.executable} -m tests.fuzz.run", *arguments],
+        lambda data: check(data, path) and None,
+        custom_mutator=mutate,
+    )
     atheris.Fuzz()
 
 
