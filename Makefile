@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: setup serve test check format bench docs dist clean
+.PHONY: setup serve test check format bench fuzz docs dist clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ format: setup
 
 bench: setup  ## make bench MODEL=path/to/model.gguf [ARGS="--provider numpy-cpu -p 512 -n 128"]
 	$(BIN)/llorch bench $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+fuzz: setup  ## atheris over whatever a model file may hold, for a minute: make fuzz [ARGS="--seconds 600"]
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz.run $(ARGS)
 
 docs: setup  ## the documentation, into .cache/site
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

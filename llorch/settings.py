@@ -88,7 +88,7 @@ class ReportSettings(CommandSettings):
 class ModelSettings(CommandSettings):
     """What every command that loads a model takes."""
 
-    model: Path = Field(description="GGUF file to load", examples=["model.gguf"])
+    model: Path = Field(description="GGUF file, or hf:OWNER/REPO[:FILE or QUANT] to download", examples=["model.gguf"])
     provider: str = Field("auto", description="compute provider; `llorch providers` lists them")
     device: str | None = Field(None, description="one of the provider's devices, its best by default")
     context: int | None = Field(None, ge=2, description="most tokens of a sequence, the model's own limit by default")

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from llorch.commands import _op_bench
 from llorch.commands._model import load_model
-from llorch.commands._terminal import console, status
+from llorch.commands._terminal import console, loading, status
 from llorch.errors import SettingsError
 from llorch.settings import ModelSettings, ReportSettings, parse
 
@@ -95,7 +95,9 @@ def _context(settings: BenchSettings) -> int:
     from llorch.core.config import ModelConfig
     from llorch.core.model_files import open_model
 
-    with open_model(settings.model) as file:
+    with loading() as progress:
+        file = open_model(settings.model, progress)
+    with file:
         longest = ModelConfig.from_gguf(file).context_length
     limit, what = (settings.context, "--context") if settings.context else (longest, "the model's context")
     for option, tokens in (("-p", settings.n_prompt), ("-n", settings.n_gen)):

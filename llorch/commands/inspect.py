@@ -7,14 +7,16 @@ import json
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
-from llorch.commands._terminal import console
+from llorch.commands._memory import Need, needs, rows_of, size
+from llorch.commands._terminal import console, loading
 from llorch.errors import ModelError
 from llorch.settings import ReportSettings, parse
 
@@ -28,15 +30,25 @@ SHORTEST_CONTEXT = 512
 class InspectSettings(ReportSettings):
     """Show what is in a GGUF file and how much memory it needs. Weights are not read."""
 
-    model: CliPositionalArg[Path] = Field(description="GGUF file", examples=["model.gguf"])
+    model: CliPositionalArg[Path] = Field(
+        description="GGUF file, or hf:OWNER/REPO[:FILE or QUANT] to download", examples=["model.gguf"]
+    )
+    context: int | None = Field(
+        None, ge=2, description="tokens of a sequence to need memory for, the model's own limit"
+    )
+    parallel: int = Field(8, ge=1, le=4096, description="sequences to need memory for")
+    cache_type: Literal["f32", "f16"] | None = Field(None, description="KV cache type, each provider's by default")
+    chunk: int = Field(512, ge=1, description="most prompt tokens of one step")
 
 
 def main(argv: Sequence[str]) -> int:
     settings = parse(InspectSettings, argv, "llorch inspect")
     from llorch.core.model_files import open_model
 
-    with open_model(settings.model) as file:
-        report = _report(file)
+    with loading() as progress:
+        file = open_model(settings.model, progress)
+    with file:
+        report = _report(file, settings)
     if settings.as_json:
         print(json.dumps(report, indent=2))
     else:
@@ -44,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _report(file: GGUFFile) -> dict[str, Any]:
+def _report(file: GGUFFile, settings: InspectSettings) -> dict[str, Any]:
     """What --json prints. `problems` says why llorch would not serve the file; the rest is told all the same."""
     from llorch.core.config import ModelConfig
     from llorch.core.tokenizer import Tokenizer
@@ -77,7 +89,7 @@ def _report(file: GGUFFile) -> dict[str, Any]:
             "pre": tokenizer.pre if tokenizer else _text(file, "tokenizer.ggml.pre"),
             "vocab_size": len(tokens) if isinstance(tokens, list) else 0,
         },
-        "memory": _memory(file, config),
+        "memory": _memory(file, config, settings if not problems else None),
         "problems": problems,
     }
 
@@ -102,8 +114,10 @@ def _tensors(file: GGUFFile) -> dict[str, Any]:
     return totals | {"by_type": rows}
 
 
-def _memory(file: GGUFFile, config: ModelConfig | None) -> dict[str, Any]:
-    """Bytes of the weights, in the file's types and as float32, and of one sequence's KV cache by context length."""
+def _memory(file: GGUFFile, config: ModelConfig | None, settings: InspectSettings | None) -> dict[str, Any]:
+    """Bytes of the weights, in the file's types and as float32, and of one sequence's KV cache by context length; and
+    what each provider needs for `settings`, where the file can be served.
+    """
     from llorch.providers import CacheSpec
 
     weights = sum(tensor.nbytes for tensor in file.tensors.values())
@@ -114,7 +128,13 @@ def _memory(file: GGUFFile, config: ModelConfig | None) -> dict[str, Any]:
         for context in _contexts(config.context_length):
             sizes = {t: CacheSpec(**heads, block_size=1, blocks=context, dtype=t).nbytes for t in ("f32", "f16")}
             cache.append({"context": context} | sizes)
-    return {"weights": weights, "weights_f32": expanded, "kv_cache": cache}
+    found = {"weights": weights, "weights_f32": expanded, "kv_cache": cache}
+    if config is None or settings is None:
+        return found | {"context": None, "parallel": None, "providers": []}
+    context, parallel = settings.context or config.context_length, settings.parallel
+    needed = needs(file, config, settings.context, parallel, settings.chunk, settings.cache_type)
+    providers = [dataclasses.asdict(need) for need in needed]
+    return found | {"context": context, "parallel": parallel, "providers": providers}
 
 
 def _contexts(longest: int) -> list[int]:
@@ -129,7 +149,7 @@ def _show(report: dict[str, Any]) -> None:
     out, tensors, memory = console(), report["tensors"], report["memory"]
     out.soft_wrap = True
     out.print(f"{report['name'] or Path(report['file']).stem}: {report['architecture']}, {report['file']}")
-    out.print(f"{_size(report['bytes'])}, GGUF version {report['gguf_version']}")
+    out.print(f"{size(report['bytes'])}, GGUF version {report['gguf_version']}")
     for problem in report["problems"]:
         out.print(f"llorch cannot serve it: {problem}", style="yellow")
     if report["hyperparameters"]:
@@ -144,19 +164,37 @@ def _show(report: dict[str, Any]) -> None:
     if tensors["count"]:
         table = _table("tensor type", "tensors", "parameters", "size")
         for row in tensors["by_type"]:
-            table.add_row(row["type"], str(row["count"]), f"{row['parameters']:,}", _size(row["bytes"]))
+            table.add_row(row["type"], str(row["count"]), f"{row['parameters']:,}", size(row["bytes"]))
         out.print(table)
     tokenizer = report["tokenizer"]
     pre = f" ({tokenizer['pre']})" if tokenizer["pre"] else ""
     out.print(f"tokenizer: {tokenizer['kind'] or tokenizer['model']}{pre}, {tokenizer['vocab_size']:,} tokens")
-    weights = f"{_size(memory['weights'])} as in the file, {_size(memory['weights_f32'])} where expanded to float32"
+    weights = f"{size(memory['weights'])} as in the file, {size(memory['weights_f32'])} where expanded to float32"
     out.print(f"memory of the weights: {weights}")
     if memory["kv_cache"]:
         table = _table("context", "KV cache f32", "KV cache f16")
         for row in memory["kv_cache"]:
-            table.add_row(f"{row['context']:,}", _size(row["f32"]), _size(row["f16"]))
+            table.add_row(f"{row['context']:,}", size(row["f32"]), size(row["f16"]))
         out.print(table)
-        out.print("KV cache: of one sequence; multiply by --parallel")
+        out.print("KV cache: of one sequence")
+    if memory["providers"]:
+        _show_providers(out, memory)
+
+
+def _show_providers(out: Console, memory: dict[str, Any]) -> None:
+    heading, *rows = rows_of([Need(**need) for need in memory["providers"]])
+    table = _table(*heading)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    many = memory["parallel"]
+    out.print(f"for {many} sequence{'s' if many > 1 else ''} of {memory['context']:,} tokens (--parallel, --context)")
+    for need in memory["providers"]:
+        if need["problem"] is not None:
+            out.print(f"{need['provider']}: {need['problem']}", style="yellow")
+        elif not need["fits"]:
+            short = f"{size(need['total'])} needed, {size(need['free'])} free"
+            out.print(f"{need['provider']}: {short}: give a smaller --context or --parallel", style="yellow")
 
 
 def _table(first: str, *others: str) -> Table:
@@ -164,12 +202,3 @@ def _table(first: str, *others: str) -> Table:
     for heading in others:
         table.add_column(heading, justify="right")
     return table
-
-
-def _size(count: int) -> str:
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"

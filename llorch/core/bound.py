@@ -35,7 +35,7 @@ class BoundModel:
     ) -> None:
         self.config, self.provider, self.device, self.weights, self.limits = config, provider, device, weights, limits
         self.turn = threading.RLock()
-        self.cache_spec = _cache_spec(config, limits, device, cache_type, provider.name)
+        self.cache_spec = cache_spec(config, limits, device, cache_type, provider.name)
         self._cache = device.kv_cache(self.cache_spec)
         self.allocator = BlockAllocator(self.cache_spec.blocks, self.cache_spec.block_size)
         self._inputs = device.inputs(batch_shapes(limits, self.allocator.blocks_for(limits.max_context)))
@@ -164,7 +164,8 @@ class Blocks:
         self._allocator.release(self._blocks)
 
 
-def _cache_spec(config: ModelConfig, limits: Limits, device: Device, cache_type: str | None, name: str) -> CacheSpec:
+def cache_spec(config: ModelConfig, limits: Limits, device: Device, cache_type: str | None, name: str) -> CacheSpec:
+    """The cache that a model is given. Raises SettingsError for a type that the device has not."""
     dtype = cache_type or device.cache_dtypes[0]
     if dtype not in device.cache_dtypes:
         raise SettingsError(

@@ -110,7 +110,7 @@ def _read(file: GGUFFile) -> ModelConfig:
         raise GGUFError(f"{read.where('rope.dimension_count')} is {rope_dim}, expected an even number; {RECONVERT}")
     context_length = read.integer("context_length")
     return ModelConfig(
-        name=str(file.metadata.get("general.name") or file.path.stem),
+        name=file.get("general.name", str, "") or file.path.stem,
         architecture=architecture,
         n_layers=read.integer("block_count", high=1 << 12),
         dim=dim,

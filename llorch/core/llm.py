@@ -16,6 +16,7 @@ from llorch.core.cache import BlockAllocator
 from llorch.core.chat import Chat
 from llorch.core.config import ModelConfig
 from llorch.core.engine import Engine
+from llorch.core.forecast import Forecaster
 from llorch.core.gguf import GGUFFile
 from llorch.core.loader import load_weights
 from llorch.core.model_files import open_model
@@ -27,6 +28,7 @@ from llorch.errors import SettingsError, TokenizerError
 from llorch.providers import registry
 from llorch.providers.spec import Device, DeviceInfo, DeviceOptions
 
+DOWNLOAD_SHARE = 0.9  # of the progress that is reported
 OUTPUT_ROWS = 64  # rows of logits a step may give; more are computed in several steps
 
 
@@ -45,7 +47,8 @@ def load(
 ) -> LLM:
     """Loads a GGUF model on a provider's device.
 
-    `model`: a file (any part of a split one), or a directory or pattern that holds one model.
+    `model`: a file (any part of a split one), a directory or pattern that holds one model, or a model of the Hugging
+    Face Hub: "hf:OWNER/REPO", ":FILE" or ":QUANT" behind it where the repository has several.
     `context`: tokens of one sequence, the model's own by default. `cache_type`: "f32" or "f16", the provider's default
     where None. `parallel`: sequences that run together. `chunk`: most tokens of one step. `chat_template`: a
     file, or the name of one of the model's templates, instead of the model's default. `progress` gets a fraction and
@@ -53,7 +56,8 @@ def load(
     """
     start = time.perf_counter()
     chosen, why = registry.choose(provider)
-    file = open_model(model)
+    stages = _Stages(progress)
+    file = open_model(model, stages.download)
     opened: Device | None = None
     chat: Chat | None = None
     try:
@@ -64,10 +68,11 @@ def load(
                 f"{file.begin('tokenizer.ggml.tokens')} has {tokenizer.vocab_size} tokens, token_embd.weight "
                 f"{config.vocab_size} rows; convert the model again with a current converter"
             )
-        limits = _limits(config, context, parallel, chunk)
+        limits = limits_of(config, context, parallel, chunk)
         chat = Chat.from_gguf(file, tokenizer, chat_template)
         opened = chosen.open(device, DeviceOptions(threads=threads))
-        weights = load_weights(file, config, opened, progress)
+        Forecaster(file, config, chosen, opened).check(limits, cache_type)
+        weights = load_weights(file, config, opened, stages.load)
         bound = BoundModel(config, chosen, opened, weights, limits, cache_type)
     except BaseException:
         if chat is not None:
@@ -85,7 +90,22 @@ def load(
     return LLM(file, tokenizer, chat, bound, start_lines, time.perf_counter() - start)
 
 
-def _limits(config: ModelConfig, context: int | None, parallel: int, chunk: int) -> Limits:
+class _Stages:
+    """One progress from two: most of it is a download, where there is one."""
+
+    def __init__(self, progress: Callable[[float, str], None]) -> None:
+        self._progress, self._done = progress, 0.0
+
+    def download(self, fraction: float, text: str) -> None:
+        self._done = DOWNLOAD_SHARE
+        self._progress(DOWNLOAD_SHARE * fraction, text)
+
+    def load(self, fraction: float, text: str) -> None:
+        self._progress(self._done + (1 - self._done) * fraction, text)
+
+
+def limits_of(config: ModelConfig, context: int | None, parallel: int, chunk: int) -> Limits:
+    """The limits of a model that is loaded with these settings. Raises SettingsError."""
     if context is not None and not 1 < context <= config.context_length:
         raise SettingsError(
             f"context {context} is outside 2 to {config.context_length}, the context this model was trained for"

@@ -60,6 +60,12 @@ def load_weights(file: GGUFFile, config: ModelConfig, device: Device, progress: 
     return loaded
 
 
+def expected_weights(file: GGUFFile, config: ModelConfig, device: Device) -> list[HostWeight]:
+    """The weights as the device would get them, without their data. Raises as `load_weights` does, but for NaNs."""
+    wanted = [(file.tensors[spec.name], uses) for spec, uses in _wanted(file, config) if spec.use != "host"]
+    return [_Pending(info, uses, _type_on(device, info, uses)).expected for info, uses in wanted]
+
+
 @dataclass
 class _Pending:
     """A tensor on its way, and the type in which the device gets it."""

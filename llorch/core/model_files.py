@@ -1,15 +1,15 @@
 """From what a user calls a model to its open file: a path, a directory or pattern that holds one, any part of a split
-file."""
+file, a model of the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +21,27 @@ _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MOST_PARTS = 4096
 _LISTED = 20
 
-
-def open_model(model: str | os.PathLike[str]) -> GGUFFile:
-    """The model's file, all parts of a split one as one. Raises ModelError where there is none, or not a good one."""
-    return _open(locate(model))
+AnyPath = TypeVar("AnyPath", bound=PurePath)
+Progress = Callable[[float, str], None]
 
 
-def locate(model: str | os.PathLike[str]) -> Path:
-    """The path of a model's file: where a directory or a pattern is named, of the one model that is there."""
+def open_model(model: str | os.PathLike[str], progress: Progress = lambda _fraction, _text: None) -> GGUFFile:
+    """The model's file, all parts of a split one as one. Raises ModelError where there is none, or not a good one.
+
+    `progress` gets the fraction and the file of a download; nothing where there is none.
+    """
+    return _open(locate(model, progress))
+
+
+def locate(model: str | os.PathLike[str], progress: Progress = lambda _fraction, _text: None) -> Path:
+    """The path of a model's file: where a directory or a pattern is named, of the one model that is there.
+
+    `hf:OWNER/REPO` is a model of the hub (hub.py), downloaded where the cache lacks it.
+    """
+    from llorch.core import hub  # it names files with what is below
+
+    if (named := hub.reference(model)) is not None:
+        return hub.fetch(named, progress)
     path = Path(model)
     # os.path answers where pathlib raises: behind a directory that may not be searched
     if os.path.isdir(path):
@@ -57,10 +70,10 @@ def _the_one(place: str, paths: Sequence[Path], kind: str) -> Path:
     raise ModelError(f"{place}: this {kind} holds {len(models)} models; name one of them: {', '.join(names + more)}")
 
 
-def choices(paths: Sequence[Path]) -> list[Path]:
+def choices(paths: Sequence[AnyPath]) -> list[AnyPath]:
     """Models among GGUF files: a split one by its first part alone, or the first that is there; no image encoders."""
-    first: dict[str, Path] = {}
-    for path in sorted(paths):
+    first: dict[str, AnyPath] = {}
+    for path in sorted(paths, key=str):
         part = _PART.fullmatch(path.name)
         if not path.name.startswith("mmproj"):
             first.setdefault(f"{path.parent}/{part['stem']}-of-{part['count']}" if part else str(path), path)

@@ -18,13 +18,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import gguf
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from llorch.providers import (
     AddSpec,
@@ -40,12 +38,15 @@ from llorch.providers import (
     Kernel,
     MatmulSpec,
     MemoryInfo,
+    MemoryNeed,
+    OpSpec,
     ProviderUnavailableError,
     RMSNormSpec,
     RopeSpec,
     SwigluSpec,
     hookimpl,
 )
+from llorch.providers.host_memory import host_memory
 
 SLAB_ELEMENTS = 1 << 20  # a weight is dequantised in slabs of rows of at most this many, to bound what is in between
 SCORE_ELEMENTS = 1 << 24  # a long prompt's scores are made in slices of at most this many (64 MiB)
@@ -67,17 +68,6 @@ def dequantize(weight: HostWeight) -> npt.NDArray[np.float32]:
     for start in range(0, len(blocks), step):
         values[start : start + step] = gguf.quants.dequantize(blocks[start : start + step], kind)
     return values.reshape(weight.shape)
-
-
-def host_memory() -> MemoryInfo:
-    """The machine's memory, or the container's where that is less."""
-    machine = psutil.virtual_memory()
-    total, free = machine.total, machine.available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-        free = min(free, int(text) - int(used.read_text()))
-    return MemoryInfo(total=total, free=max(free, 0))
 
 
 # ---- the device ----
@@ -171,9 +161,13 @@ class ArrayDevice:
 
     def expect(self, weights: Sequence[HostWeight]) -> str:
         """Raises DeviceMemoryError where float32 copies of these do not fit."""
-        need = sum(4 * math.prod(weight.shape) for weight in weights)
+        need = _as_float32(weights)
         self._require(need, "the weights as float32 need", "choose a smaller model")
         return f"weights: float32 on the device, {need / GIBIBYTE:.2f} GiB"
+
+    def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
+        """A device that keeps weights as they are, or a cache of another layout, overrides it."""
+        return MemoryNeed(weights=_as_float32(weights), cache=cache.nbytes, scratch=max(map(_temporaries, specs)))
 
     def weight(self, host_weight: HostWeight) -> Array:
         """Float32 [rows, cols], or [dim]."""
@@ -202,6 +196,22 @@ class ArrayDevice:
 
     def close(self) -> None:
         self.uploaded = None
+
+
+def _as_float32(weights: Sequence[HostWeight]) -> int:
+    return sum(4 * math.prod(weight.shape) for weight in weights)
+
+
+def _temporaries(spec: OpSpec) -> int:
+    """Bytes of the expressions of an operation's kernel, about."""
+    if isinstance(spec, SwigluSpec):
+        return 8 * spec.max_tokens * spec.dim
+    if not isinstance(spec, AttentionSpec):
+        return 0
+    context = spec.max_blocks * spec.block_size
+    scores = min(spec.max_tokens * spec.heads * context, max(SCORE_ELEMENTS, spec.heads * context))
+    copied = 2 * spec.kv_heads * context * spec.head_dim  # keys and values of one sequence
+    return 4 * (2 * scores + copied)
 
 
 # ---- the operations ----

@@ -5,6 +5,7 @@ Tensors are NumPy arrays; a kernel is what the contract says, written down. Spee
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ from llorch.providers import (
     Kernel,
     MatmulSpec,
     MemoryInfo,
+    MemoryNeed,
+    OpSpec,
     ProviderUnavailableError,
     RMSNormSpec,
     RopeSpec,
@@ -36,7 +39,7 @@ from llorch.providers import (
     TopkSpec,
     hookimpl,
 )
-from llorch.providers.array import host_memory
+from llorch.providers.host_memory import host_memory
 
 Float = npt.NDArray[np.float32]
 Int = npt.NDArray[np.int32]
@@ -158,16 +161,22 @@ class NumpyDevice:
 
     def expect(self, weights: Sequence[HostWeight]) -> str:
         """Expands matrices to float32 once where half of the free memory holds them."""
-        matrices = [w for w in weights if "matmul" in w.uses and w.type != "F32"]
-        need = sum(4 * w.shape[0] * w.shape[1] for w in matrices)
-        allowed = self.memory().free // 2
+        need, allowed = _expanded(weights), self.memory().free // 2
         self._expand = need <= allowed
-        if not matrices:
+        if not need:
             return "weights: float32 in the file, used in place"
         how = "expanded to float32 once" if self._expand else "dequantised in slabs for each product"
         return (
             f"weights: {how} (float32 takes {need / 2**30:.2f} GiB, half the free memory is {allowed / 2**30:.2f} GiB)"
         )
+
+    def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
+        expanded = [w for w in weights if len(w.shape) == 1 or ("matmul" in w.uses and w.type != "F32")]
+        if _expanded(weights) > self.memory().free // 2:  # the rule of `expect`
+            expanded = [w for w in expanded if len(w.shape) == 1]
+        kept = sum(w.nbytes for w in weights) - sum(w.nbytes for w in expanded)
+        held = kept + sum(4 * math.prod(w.shape) for w in expanded)
+        return MemoryNeed(weights=held, cache=cache.nbytes, scratch=max(map(_temporaries, specs), default=0))
 
     def weight(self, host_weight: HostWeight) -> NumpyWeight:
         if self._expand is None:
@@ -212,6 +221,23 @@ class NumpyDevice:
     def close(self) -> None:
         if self._threads is not None:
             self._threads.restore_original_limits()
+
+
+def _expanded(weights: Sequence[HostWeight]) -> int:
+    """Bytes of the matrices of products as float32, but for those that are float32 in the file."""
+    return sum(4 * w.shape[0] * w.shape[1] for w in weights if "matmul" in w.uses and w.type != "F32")
+
+
+def _temporaries(spec: OpSpec) -> int:
+    """Bytes of the expressions of an operation's kernel, about."""
+    if isinstance(spec, SwigluSpec):
+        return 8 * spec.max_tokens * spec.dim
+    if not isinstance(spec, AttentionSpec):
+        return 4 * SLAB_ELEMENTS
+    context = spec.max_blocks * spec.block_size
+    scores = min(spec.max_tokens * spec.heads * context, max(SCORE_ELEMENTS, spec.heads * context))
+    copied = 2 * spec.kv_heads * context * spec.head_dim  # keys and values of one sequence
+    return 4 * (scores + copied)
 
 
 class NumpyOps:

@@ -332,6 +332,15 @@ class MemoryInfo:
     free: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryNeed:
+    """Bytes that a model will take of a device's memory, as far as the provider decides about them."""
+
+    weights: int  # as the device holds them: repacked, expanded
+    cache: int
+    scratch: int  # what operations share beside the activations, which core asks for with `empty`
+
+
 @dataclass(frozen=True)
 class DeviceInfo:
     """A device that a provider sees, before it is opened."""
@@ -349,7 +358,12 @@ class DeviceOptions:
 
 
 class Device(Protocol):
-    """An opened device. One thread at a time calls it."""
+    """An opened device. One thread at a time calls it.
+
+    A device may also have `memory_need(weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) ->
+    MemoryNeed`: what these weights (whose data is not there yet), this cache and these call sites will take. It is
+    asked before anything is loaded, and may be asked often. Without it core counts weights and cache by their specs.
+    """
 
     @property
     def info(self) -> DeviceInfo: ...

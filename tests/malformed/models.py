@@ -70,7 +70,7 @@ def _types() -> Iterator[Case]:
         for name in ("a string", "a boolean", "an array of strings"):
             file = TINY.with_field(key, WRONG_TYPES[name])
             yield of(f"{key} is {name}", file, f"field {key}", "expected a number", where=key)
-    for key in ("general.architecture", "llama.rope.scaling.type"):
+    for key in ("general.architecture", "general.name", "llama.rope.scaling.type"):
         for name, value in {"a number": scalar(U32, 3), "an array": array(STRING, ["llama"])}.items():
             file = TINY.with_field(key, value)
             yield of(f"{key} is {name}", file, f"field {key}", "expected a string", where=key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+import llorch
 from tests.server.conftest import Start
 from tests.server.process import Server, eventually, run
 from tests.support import with_metadata
@@ -119,6 +121,117 @@ def test_a_bias_forbids_what_would_have_come(ai: openai.OpenAI, chatty: Server) 
     assert forced != text
 
 
+# ---- penalties ----
+
+PROMPT = "Once upon a time there was a little girl. She was a little girl"
+PENALTIES = [{"frequency_penalty": 1.5}, {"presence_penalty": 2.0}, {"frequency_penalty": 0.7, "presence_penalty": -1}]
+
+
+def check_penalties(found: Any, prompt: list[int], texts: dict[str, int], frequency: float, presence: float) -> None:
+    """Each token is the best of the model's own distribution, less the penalties of the 64 tokens before it."""
+    ids = [texts[text] for text in found.tokens]
+    for i, top in enumerate(found.top_logprobs):
+        seen = Counter([*prompt, *ids[:i]][-64:])
+        scores = {
+            t: logprob - frequency * seen[texts[t]] - presence * (seen[texts[t]] > 0) for t, logprob in top.items()
+        }
+        assert scores[found.tokens[i]] == pytest.approx(max(scores.values()), abs=1e-4), (i, scores)
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_penalties_are_taken_from_what_was_there_before(
+    ai: openai.OpenAI, stories: Path, penalties: dict[str, float]
+) -> None:
+    tokenizer = llorch.Tokenizer.from_gguf(stories)
+    prompt = tokenizer.encode(PROMPT)
+    names = {i: tokenizer.token_bytes(i).decode(errors="replace") or tokenizer.text(i) for i in range(512)}
+    texts = {name: i for i, name in names.items()}  # of a byte's token and a word's of one text, the word's
+    options: Any = {"model": MODEL, "temperature": 0, "max_tokens": 40, "logprobs": 20}
+    penalised = ai.completions.create(prompt=prompt, **options, **penalties).choices[0].logprobs
+    both = penalties.get("frequency_penalty", 0.0), penalties.get("presence_penalty", 0.0)
+    check_penalties(penalised, prompt, texts, *both)
+    plain = ai.completions.create(prompt=prompt, **options).choices[0].logprobs
+    assert plain is not None
+    assert penalised is not None
+    assert plain.tokens != penalised.tokens
+    check_penalties(plain, prompt, texts, 0, 0)
+    with pytest.raises(AssertionError):
+        check_penalties(plain, prompt, texts, *both)
+
+
+def test_penalties_do_the_same_to_a_chat(ai: openai.OpenAI) -> None:
+    options: Any = {**GREEDY, "max_tokens": 40, **PENALTIES[0]}
+    chat = ai.chat.completions.create(messages=[{"role": "user", "content": PROMPT}], **options).choices[0].message
+    assert chat.content == ai.completions.create(prompt=PROMPT, **options).choices[0].text
+
+
+# ---- lengths ----
+
+
+def test_max_completion_tokens_is_the_newer_name_and_counts(ai: openai.OpenAI, expected: str) -> None:
+    base: Any = {"model": MODEL, "temperature": 0, "messages": USER}
+    found = ai.chat.completions.create(max_completion_tokens=3, **base)
+    assert found.usage is not None
+    assert (found.usage.completion_tokens, found.choices[0].finish_reason) == (3, "length")
+    assert expected.startswith(found.choices[0].message.content or "-")
+    both = ai.chat.completions.create(max_completion_tokens=5, max_tokens=3, **base)
+    assert both.usage is not None
+    assert both.usage.completion_tokens == 5
+
+
+def test_without_a_limit_an_answer_fills_what_the_context_leaves(ai: openai.OpenAI) -> None:
+    found = ai.chat.completions.create(model=MODEL, messages=USER, temperature=0, logit_bias={"1": -100, "2": -100})
+    assert found.usage is not None
+    assert (found.usage.total_tokens, found.choices[0].finish_reason) == (512, "length")
+
+
+def test_a_prompt_of_completions_that_overflows_tells_both_numbers(ai: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="prompt is 600 tokens, the context is 512") as caught:
+        ai.completions.create(model=MODEL, prompt=[403] * 600)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+
+
+def test_a_seed_repeats_a_draw_and_the_first_stop_string_counts(ai: openai.OpenAI, expected: str) -> None:
+    drawn: Any = {"model": MODEL, "messages": USER, "temperature": 1.3, "max_tokens": 24}
+    first, again, other = (ai.chat.completions.create(seed=s, **drawn).choices[0].message.content for s in (11, 11, 12))
+    assert first == again != other
+    stops = [expected[9:12], expected[5:8], "never said"]
+    found = ai.chat.completions.create(messages=USER, stop=stops, **GREEDY)
+    assert found.choices[0].message.content == expected[: expected.index(stops[1])]
+    streamed = ai.chat.completions.create(messages=USER, stop=stops, stream=True, **GREEDY)
+    assert "".join(c.choices[0].delta.content or "" for c in streamed) == found.choices[0].message.content
+
+
+def test_answers_of_one_stream_are_told_apart_by_their_index(ai: openai.OpenAI) -> None:
+    options: Any = {"model": MODEL, "temperature": 1.3, "max_tokens": 9, "seed": 3, "n": 3}
+    whole = ai.chat.completions.create(messages=USER, **options)
+    usage: Any = {"include_usage": True}
+    texts, reasons, last = ["", "", ""], {}, None
+    for chunk in ai.chat.completions.create(messages=USER, stream=True, stream_options=usage, **options):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            reasons.setdefault(choice.index, []).extend([choice.finish_reason] if choice.finish_reason else [])
+        last = chunk
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert reasons == {choice.index: [choice.finish_reason] for choice in whole.choices}
+    assert last is not None
+    assert last.usage == whole.usage
+
+
+def test_logprobs_of_a_stream_are_those_of_the_whole(ai: openai.OpenAI) -> None:
+    options: Any = {**GREEDY, "logprobs": True, "top_logprobs": 3}
+    whole = ai.chat.completions.create(messages=USER, **options).choices[0].logprobs
+    assert whole is not None
+    streamed = []
+    for chunk in ai.chat.completions.create(messages=USER, stream=True, **options):
+        found = chunk.choices[0].logprobs
+        streamed += [] if found is None else found.content or []
+    assert streamed == whole.content
+
+
+# ---- prompts ----
+
+
 def test_prompts_of_each_kind(ai: openai.OpenAI, expected: str) -> None:
     found = ai.completions.create(prompt=["Once upon a time", "Lily"], n=2, **GREEDY)
     assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
@@ -159,6 +272,13 @@ def test_models(ai: openai.OpenAI) -> None:
         ({"n": 0}, "n"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": "high"}, "presence_penalty"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"n": 1000}, "n"),
+        ({"seed": 0.5}, "seed"),
+        ({"stop": ["a"] * 17}, "stop"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"stop": [""]}, "stop[0]"),
         ({"logit_bias": {"512": 1}}, "logit_bias[512]"),

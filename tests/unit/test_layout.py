@@ -41,6 +41,7 @@ SEAM = [
     "MatmulGroupSpec",
     "MatmulSpec",
     "MemoryInfo",
+    "MemoryNeed",
     "OpSpec",
     "Provider",
     "ProviderError",

@@ -12,6 +12,10 @@ from llorch_provider_cupy.device import CudaDevice
 from llorch_provider_cupy.formats import FORMATS
 
 import llorch
+from llorch.core.config import ModelConfig
+from llorch.core.forecast import Forecaster
+from llorch.core.llm import limits_of
+from llorch.core.model_files import open_model
 from llorch.core.runner import Chunk
 from llorch.errors import DeviceMemoryError, ProviderUnavailableError
 from llorch.providers import CacheSpec, MatmulSpec, registry
@@ -95,3 +99,21 @@ def test_without_a_card_opening_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ProviderUnavailableError, match="no NVIDIA driver"):
         provider.open("cuda:0")
     probe.probe_devices.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K"])
+def test_the_memory_that_was_forecast_is_what_is_allocated(
+    device: CudaDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = write_model(TinyModel(type=kind, vocab=4096), tmp_path / "model.gguf")
+    provider, opened = EmulatedProvider(), CudaDevice(HostRuntime(), INFO)
+    with open_model(path) as file:
+        config = ModelConfig.from_gguf(file)
+        said = Forecaster(file, config, provider, opened).forecast(limits_of(config, None, 3, 512))
+    monkeypatch.setattr(registry, "choose", lambda _name: (provider, "the emulated card"))
+    monkeypatch.setattr(EmulatedProvider, "open", lambda *_args: opened)
+    with llorch.load(path, parallel=3) as llm:
+        assert said.weights + said.cache == llm.device_bytes
+        total, free = opened.runtime.memory()
+        host_logits = llm.limits.max_outputs * llm.config.vocab_size * 4
+        assert abs(said.total - host_logits - (total - free)) < 0.02 * (total - free)

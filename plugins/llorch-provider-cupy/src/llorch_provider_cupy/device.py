@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llorch.providers import CacheSpec, DeviceInfo, DeviceMemoryError, HostWeight, MemoryInfo
+from llorch.providers import CacheSpec, DeviceInfo, DeviceMemoryError, HostWeight, MemoryInfo, MemoryNeed, OpSpec
 from llorch_provider_cupy.formats import FORMATS, LARGEST_HALF, UNIT
 from llorch_provider_cupy.launches import Function
 from llorch_provider_cupy.memory import Inputs, KVCache, Memory, Tensor, Weight, cache_block_bytes
@@ -85,6 +85,15 @@ class CudaDevice:
 
     def _size(self, weight: HostWeight) -> int:
         return FORMATS[weight.type].nbytes(weight.shape) if len(weight.shape) == 2 else weight.nbytes
+
+    def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
+        from llorch_provider_cupy.forecast import scratch_bytes  # the operations it looks at import this module
+
+        return MemoryNeed(
+            weights=sum(map(self._size, weights)),
+            cache=cache.blocks * cache.layers * cache_block_bytes(cache),
+            scratch=scratch_bytes(specs, self.properties.multiprocessors),
+        )
 
     def weight(self, host_weight: HostWeight) -> Weight:
         if len(host_weight.shape) == 1:

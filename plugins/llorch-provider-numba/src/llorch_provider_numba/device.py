@@ -9,12 +9,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llorch.providers import CacheSpec, DeviceInfo, DeviceMemoryError, DeviceOptions, HostWeight, MemoryInfo
+from llorch.providers import (
+    CacheSpec,
+    DeviceInfo,
+    DeviceMemoryError,
+    DeviceOptions,
+    HostWeight,
+    MemoryInfo,
+    MemoryNeed,
+    OpSpec,
+)
 from llorch.providers.array import host_memory
 from llorch_provider_numba import compiler
+from llorch_provider_numba.forecast import scratch_bytes
 from llorch_provider_numba.formats import FORMATS, Format, groups_of, nbytes
 from llorch_provider_numba.hosts import Host
-from llorch_provider_numba.memory import Bytes, Inputs, KVCache, Weight, aligned, forget_pages, in_huge_pages
+from llorch_provider_numba.memory import (
+    Bytes,
+    Inputs,
+    KVCache,
+    Weight,
+    aligned,
+    cache_bytes,
+    forget_pages,
+    in_huge_pages,
+)
 from llorch_provider_numba.pool import Pool, default_threads
 from llorch_provider_numba.program import Launcher
 from llorch_provider_numba.repack import repack, repack_plain
@@ -77,6 +96,13 @@ class NumbaDevice:
 
     def _size(self, weight: HostWeight) -> int:
         return nbytes(FORMATS[weight.type], weight.shape) if len(weight.shape) == 2 else weight.nbytes
+
+    def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
+        return MemoryNeed(
+            weights=sum(map(self._size, weights)),
+            cache=cache_bytes(cache),
+            scratch=scratch_bytes(specs, self.host, self.threads),
+        )
 
     def weight(self, host_weight: HostWeight) -> Weight:
         shape = host_weight.shape

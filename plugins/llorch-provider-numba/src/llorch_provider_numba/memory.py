@@ -77,11 +77,22 @@ class LayerCache:
     values: npt.NDArray[Any]
 
 
+def _padded_dims(spec: CacheSpec) -> tuple[int, int]:
+    """Dimensions of a key and of a value as they lie in the cache."""
+    return -(-spec.head_dim // 4) * 4, -(-spec.head_dim // 16) * 16
+
+
+def cache_bytes(spec: CacheSpec) -> int:
+    """Bytes of the whole cache, once all of it was written."""
+    width = {"f32": 4, "f16": 2}[spec.dtype]
+    return spec.layers * spec.blocks * spec.kv_heads * spec.block_size * sum(_padded_dims(spec)) * width
+
+
 class KVCache:
     def __init__(self, spec: CacheSpec) -> None:
         dtype = {"f32": np.float32, "f16": np.uint16}[spec.dtype]
         per_head = spec.kv_heads * spec.block_size
-        key_dim, value_dim = -(-spec.head_dim // 4) * 4, -(-spec.head_dim // 16) * 16
+        key_dim, value_dim = _padded_dims(spec)
         # zeros: memory comes when it is first written, and what was never written is no NaN
         self.layers = [
             LayerCache(

@@ -8,11 +8,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
-from llorch.providers import CacheSpec, DeviceInfo, DeviceMemoryError, HostWeight, MemoryInfo
+from llorch.providers import (
+    CacheSpec,
+    DeviceInfo,
+    DeviceMemoryError,
+    GateUpSwigluSpec,
+    HostWeight,
+    MatmulGroupSpec,
+    MatmulSpec,
+    MemoryInfo,
+    MemoryNeed,
+    OpSpec,
+)
+from llorch.providers.host_memory import host_memory
 from llorch_provider_opencl.formats import FORMATS, ROWS_PER_GROUP, repacked
-from llorch_provider_opencl.memory import Buffer, Inputs, KVCache, Memory, Tensor, Weight
+from llorch_provider_opencl.memory import Buffer, Inputs, KVCache, Memory, Tensor, Weight, layer_bytes
 from llorch_provider_opencl.programs import Macros, Programs, source
 from llorch_provider_opencl.quirks import Settings, Traits, settings_for
 from llorch_provider_opencl.recording import Launcher
@@ -114,6 +125,18 @@ class OpenCLDevice:
     def _size(self, weight: HostWeight) -> int:
         return FORMATS[weight.type].nbytes(weight.shape) if len(weight.shape) == 2 else weight.nbytes
 
+    def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
+        return MemoryNeed(
+            weights=sum(map(self._size, weights)),
+            cache=cache.layers * sum(layer_bytes(cache)),
+            scratch=max((self._prepared_bytes(product) for spec in specs for product in _products(spec)), default=0),
+        )
+
+    def _prepared_bytes(self, spec: MatmulSpec) -> int:
+        form, tile = FORMATS[spec.type], self.settings.prefill_tokens
+        columns = form.units(spec.cols) * form.columns
+        return 4 * -(-spec.max_tokens // tile) * tile * (columns + columns // form.segment)
+
     def weight(self, host_weight: HostWeight) -> Weight:
         cl, shape = import_pyopencl(), host_weight.shape
         if len(shape) == 1:
@@ -176,7 +199,7 @@ class OpenCLDevice:
         total = self._device.global_mem_size
         free = total - self._memory.allocated
         if self.traits.is_cpu:
-            free = min(free, psutil.virtual_memory().available)
+            free = min(free, host_memory().free)
         return MemoryInfo(total=total, free=max(0, free))
 
     def close(self) -> None:
@@ -185,3 +208,14 @@ class OpenCLDevice:
         self._memory.close()
         self._prepared = None
         self._frequencies.clear()
+
+
+def _products(spec: OpSpec) -> Sequence[MatmulSpec]:
+    match spec:
+        case MatmulSpec():
+            return (spec,)
+        case MatmulGroupSpec():
+            return spec.parts
+        case GateUpSwigluSpec():
+            return (spec.gate, spec.up)
+    return ()

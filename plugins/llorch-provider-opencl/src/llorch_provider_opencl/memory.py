@@ -161,19 +161,24 @@ def padded_dim(head_dim: int) -> int:
     return -(-head_dim // 16) * 16
 
 
+def layer_bytes(spec: CacheSpec) -> tuple[int, int]:
+    """Bytes of a layer's keys and of its values."""
+    tokens = spec.blocks * spec.kv_heads * spec.block_size * {"f32": 4, "f16": 2}[spec.dtype]
+    return tokens * spec.head_dim, tokens * padded_dim(spec.head_dim)
+
+
 class KVCache:
     """The blocks of all layers. Keys and values of each layer have their own buffers: devices limit a buffer's size."""
 
     def __init__(self, queue: Any, memory: Memory, spec: CacheSpec) -> None:
         self._queue = queue
-        width = {"f32": 4, "f16": 2}[spec.dtype]
-        tokens = spec.kv_heads * spec.block_size * width
-        self._key_bytes, self._value_bytes = tokens * spec.head_dim, tokens * padded_dim(spec.head_dim)
+        keys, values = layer_bytes(spec)
+        self._key_bytes, self._value_bytes = keys // spec.blocks, values // spec.blocks
         what = f"a KV cache of {spec.blocks * spec.block_size} tokens"
         self.layers = [
             LayerCache(
-                memory.allocate(spec.blocks * self._key_bytes, what),
-                memory.allocate(spec.blocks * self._value_bytes, what),
+                memory.allocate(keys, what),
+                memory.allocate(values, what),
             )
             for _ in range(spec.layers)
         ]

@@ -1,0 +1,52 @@
+"""The memory that a process may still take: the machine's, or its control group's (a container's) where it is less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from llorch.providers.spec import MemoryInfo
+
+# Where control groups are mounted, and the files of limit, use and statistics: version 2, version 1.
+# https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
+_VERSION_2 = ("", "memory.max", "memory.current", ("inactive_file", "active_file"))
+_VERSION_1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+
+
+def host_memory(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> MemoryInfo:
+    """Bytes. `mounted` and `own`: where Linux tells of control groups; other systems have none."""
+    machine = psutil.virtual_memory()
+    total, free = machine.total, machine.available
+    for limit, used in _groups(mounted, own):
+        total, free = min(total, limit), min(free, limit - used)
+    return MemoryInfo(total=total, free=max(free, 0))
+
+
+def _groups(mounted: Path, own: Path) -> Iterator[tuple[int, int]]:
+    """(limit, use) of the process's group and of those above it; the file cache is no use, it makes room when asked."""
+    if not own.exists():
+        return
+    for line in own.read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        folder, limit_file, used_file, cache_keys = _VERSION_2 if number == "0" else _VERSION_1
+        root = mounted / folder
+        group = root / path.lstrip("/")
+        for place in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+            # within a container the path may be the host's, of which its own mount shows the end alone
+            if (place / limit_file).exists() and (limit := _number(place / limit_file)) is not None:
+                yield limit, (_number(place / used_file) or 0) - _file_cache(place / "memory.stat", cache_keys)
+
+
+def _number(path: Path) -> int | None:
+    """None where it says "max"."""
+    text = path.read_text().strip()
+    return int(text) if text.isdigit() else None
+
+
+def _file_cache(path: Path, keys: tuple[str, ...]) -> int:
+    values = dict(line.split() for line in path.read_text().splitlines())
+    return sum(int(values.get(key, 0)) for key in keys)
