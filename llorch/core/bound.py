@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,9 @@ from llorch.core.cache import BlockAllocator
 from llorch.core.config import ModelConfig
 from llorch.core.loader import LoadedWeights, architecture
 from llorch.core.plan import Graph, Limits
+from llorch.core.prefix import PrefixIndex
 from llorch.core.runner import Chunk, Runner, batch_shapes, make_batch
+from llorch.core.sequences import SequenceCache
 from llorch.errors import ContextOverflowError, InvalidRequestError, SettingsError
 from llorch.providers.spec import CacheSpec, Device, Provider
 
@@ -32,12 +35,17 @@ class BoundModel:
         weights: LoadedWeights,
         limits: Limits,
         cache_type: str | None,
+        *,
+        cache_tokens: int | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         self.config, self.provider, self.device, self.weights, self.limits = config, provider, device, weights, limits
         self.turn = threading.RLock()
-        self.cache_spec = _cache_spec(config, limits, device, cache_type, provider.name)
+        self.cache_spec = _cache_spec(config, limits, device, cache_type, provider.name, cache_tokens)
         self._cache = device.kv_cache(self.cache_spec)
-        self.allocator = BlockAllocator(self.cache_spec.blocks, self.cache_spec.block_size)
+        index = PrefixIndex(self.cache_spec.block_size) if prefix_cache else None
+        self.allocator = BlockAllocator(self.cache_spec.blocks, self.cache_spec.block_size, index)
+        self.sequences = SequenceCache(self.allocator, index, self._cache.copy)
         self._inputs = device.inputs(batch_shapes(limits, self.allocator.blocks_for(limits.max_context)))
         self._batch = make_batch(self._inputs)
         self._logits = np.empty((limits.max_outputs, config.vocab_size), np.float32)
@@ -64,6 +72,16 @@ class BoundModel:
     def device_bytes(self) -> int:
         """Bytes of weights and cache on the device."""
         return self.weights.device_bytes + self.cache_spec.nbytes
+
+    @property
+    def cache_line(self) -> str:
+        """What the KV cache holds, for the log."""
+        spec, limits = self.cache_spec, self.limits
+        tokens, size = self.allocator.total * spec.block_size, spec.nbytes / 2**20
+        return (
+            f"KV cache: {tokens} tokens in blocks of {spec.block_size}, {spec.dtype}, {size:.1f} MiB, for up to "
+            f"{limits.max_sequences} sequences of up to {limits.max_context} tokens"
+        )
 
     def check_room(self, prompt_tokens: int) -> None:
         """Raises ContextOverflowError where a prompt leaves no room for one more token."""
@@ -164,19 +182,31 @@ class Blocks:
         self._allocator.release(self._blocks)
 
 
-def _cache_spec(config: ModelConfig, limits: Limits, device: Device, cache_type: str | None, name: str) -> CacheSpec:
+def _cache_spec(
+    config: ModelConfig, limits: Limits, device: Device, cache_type: str | None, name: str, tokens: int | None
+) -> CacheSpec:
     dtype = cache_type or device.cache_dtypes[0]
     if dtype not in device.cache_dtypes:
         raise SettingsError(
             f"cache type {dtype!r} is not offered by provider {name}; it offers {', '.join(device.cache_dtypes)}"
         )
-    block_size = device.block_sizes[0]
-    blocks = limits.max_sequences * -(-limits.max_context // block_size)
-    return CacheSpec(
+    if tokens is not None and tokens < limits.max_context:
+        raise SettingsError(
+            f"a cache of {tokens} tokens is smaller than one context of {limits.max_context}: start with "
+            f"--cache-tokens {limits.max_context} or more, or with --context {tokens}"
+        )
+    size = device.block_sizes[0]
+    spec = CacheSpec(
         layers=config.n_layers,
         kv_heads=config.n_kv_heads,
         head_dim=config.head_dim,
-        block_size=block_size,
-        blocks=blocks + 1,  # block 0 takes what padding writes
+        block_size=size,
+        blocks=1,
         dtype=dtype,
     )
+    context = -(-limits.max_context // size)
+    blocks = limits.max_sequences * context if tokens is None else -(-tokens // size)
+    if tokens is None and (blocks + 1) * spec.nbytes > (half := device.memory().free // 2):
+        # more sequences than fit whole at once take turns: blocks are given as they are needed
+        blocks = max(context, half // spec.nbytes - 1)
+    return replace(spec, blocks=blocks + 1)  # block 0 takes what padding writes
