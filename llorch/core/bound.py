@@ -11,11 +11,14 @@ import numpy.typing as npt
 
 from llorch.core.binder import Binder
 from llorch.core.cache import BlockAllocator
+from llorch.core.cache_room import fitting_cache, wanted_cache
 from llorch.core.config import ModelConfig
 from llorch.core.loader import LoadedWeights, architecture
 from llorch.core.plan import Graph, Limits
+from llorch.core.prefix import PrefixIndex
 from llorch.core.runner import Chunk, Runner, batch_shapes, make_batch
-from llorch.errors import ContextOverflowError, InvalidRequestError, SettingsError
+from llorch.core.sequences import SequenceCache
+from llorch.errors import ContextOverflowError, InvalidRequestError
 from llorch.providers.spec import CacheSpec, Device, Provider
 
 CANDIDATES = (1, 64)  # sizes of the device's own choice of the largest logits: greedy, and common values of top_k
@@ -32,38 +35,59 @@ class BoundModel:
         weights: LoadedWeights,
         limits: Limits,
         cache_type: str | None,
+        *,
+        cache_tokens: int | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         self.config, self.provider, self.device, self.weights, self.limits = config, provider, device, weights, limits
         self.turn = threading.RLock()
-        self.cache_spec = cache_spec(config, limits, device, cache_type, provider.name)
-        self._cache = device.kv_cache(self.cache_spec)
-        self.allocator = BlockAllocator(self.cache_spec.blocks, self.cache_spec.block_size)
-        self._inputs = device.inputs(batch_shapes(limits, self.allocator.blocks_for(limits.max_context)))
+        wanted = wanted_cache(config, limits, device, cache_type, provider.name, cache_tokens)
+        self._inputs = device.inputs(batch_shapes(limits, -(-limits.max_context // wanted.block_size)))
         self._batch = make_batch(self._inputs)
         self._logits = np.empty((limits.max_outputs, config.vocab_size), np.float32)
-        self.runner, self.counts = self._bind(fused=True)
+        graph, self.counts = self._bind(wanted, fused=True)
+        # the cache comes last: a device that bounds its memory gives it what all else has left
+        self.cache_spec = fitting_cache(wanted, device, limits, cache_tokens)
+        self._cache = device.kv_cache(self.cache_spec)
+        index = PrefixIndex(self.cache_spec.block_size) if prefix_cache else None
+        self.allocator = BlockAllocator(self.cache_spec.blocks, self.cache_spec.block_size, index)
+        self.sequences = SequenceCache(self.allocator, index, self._cache.copy)
+        self.runner = self._runner(graph)
         self._unfused: Runner | None = None
 
-    def _bind(self, *, fused: bool) -> tuple[Runner, str]:
+    def _bind(self, cache_spec: CacheSpec, *, fused: bool) -> tuple[Graph, str]:
         binder = Binder(self.device, self.provider.operations(), self.provider.name, fused=fused)
-        graph = Graph(binder, self.weights.bound, self.limits, self._cache, self.cache_spec, self._inputs, self._batch)
+        graph = Graph(binder, self.weights.bound, self.limits, cache_spec, self._inputs, self._batch)
         factors = self.config.rope_scaling.factors(self.weights.host, self.limits.max_context)
         architecture(self.config).build(self.config, graph, factors)
         for k in CANDIDATES:
             if k <= self.config.vocab_size:
                 graph.candidates(graph.logits, k)
-        counts = binder.finish()
-        return Runner(self.device, graph, self._logits, self.limits, self.cache_spec.block_size), counts
+        return graph, binder.finish()
+
+    def _runner(self, graph: Graph) -> Runner:
+        graph.cache = self._cache
+        return Runner(self.device, graph, self._logits, self.limits, self.cache_spec.block_size)
 
     def _unfused_runner(self) -> Runner:
         if self._unfused is None:
-            self._unfused, _ = self._bind(fused=False)
+            self._unfused = self._runner(self._bind(self.cache_spec, fused=False)[0])
         return self._unfused
 
     @property
     def device_bytes(self) -> int:
         """Bytes of weights and cache on the device."""
         return self.weights.device_bytes + self.cache_spec.nbytes
+
+    @property
+    def cache_line(self) -> str:
+        """What the KV cache holds, for the log."""
+        spec, limits = self.cache_spec, self.limits
+        tokens, size = self.allocator.total * spec.block_size, spec.nbytes / 2**20
+        return (
+            f"KV cache: {tokens} tokens in blocks of {spec.block_size}, {spec.dtype}, {size:.1f} MiB, for up to "
+            f"{limits.max_sequences} sequences of up to {limits.max_context} tokens"
+        )
 
     def check_room(self, prompt_tokens: int) -> None:
         """Raises ContextOverflowError where a prompt leaves no room for one more token."""
@@ -162,22 +186,3 @@ class Blocks:
 
     def __exit__(self, *_exc: object) -> None:
         self._allocator.release(self._blocks)
-
-
-def cache_spec(config: ModelConfig, limits: Limits, device: Device, cache_type: str | None, name: str) -> CacheSpec:
-    """The cache that a model is given. Raises SettingsError for a type that the device has not."""
-    dtype = cache_type or device.cache_dtypes[0]
-    if dtype not in device.cache_dtypes:
-        raise SettingsError(
-            f"cache type {dtype!r} is not offered by provider {name}; it offers {', '.join(device.cache_dtypes)}"
-        )
-    block_size = device.block_sizes[0]
-    blocks = limits.max_sequences * -(-limits.max_context // block_size)
-    return CacheSpec(
-        layers=config.n_layers,
-        kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        block_size=block_size,
-        blocks=blocks + 1,  # block 0 takes what padding writes
-        dtype=dtype,
-    )

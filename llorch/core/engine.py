@@ -6,17 +6,24 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from llorch.core.bound import BoundModel
 from llorch.core.detokenizer import IncrementalDetokenizer
-from llorch.core.requests import Ended, Event, Failed, Request, Started, StopReason, Token, TokenLogprobs
+from llorch.core.requests import Ended, Event, Failed, Request, Started, StopReason, Token
 from llorch.core.runner import Chunk
 from llorch.core.sampling import Sampler, token_logprobs
+from llorch.core.scheduler import Emit, Job, Scheduler
+from llorch.core.stats import STEPS_KEPT, EngineStats, JobRecord, StepRecord
 from llorch.core.tokenizer import Tokenizer
 from llorch.errors import (
     CancelledError,
+    DeviceMemoryError,
     InvalidRequestError,
     JobExistsError,
     LlorchError,
@@ -26,68 +33,34 @@ from llorch.errors import (
 
 log = logging.getLogger(__name__)
 
-Emit = Callable[[Event], None]
-
-
-@dataclass
-class EngineStats:
-    running: int = 0
-    waiting: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks_total: int = 0
-    device_bytes: int = 0  # weights and cache
-    prompt_tokens: int = 0
-    tokens_generated: int = 0
-    steps: int = 0
-    shared_steps: int = 0  # steps that held tokens of two or more jobs
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on its way. `tokens` are prompt and output; the first `computed` of them are in the cache."""
-
-    request: Request
-    emit: Emit
-    sampler: Sampler
-    detokenizer: IncrementalDetokenizer
-    max_tokens: int
-    submitted: float = field(default_factory=time.monotonic)
-    tokens: list[int] = field(default_factory=list)
-    computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-    events: int = 0  # Token events given, and the tokens behind them
-    tokens_shown: int = 0
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of tokens that no event has shown yet
-    first_token: float = 0.0
-    cancel_with: LlorchError | None = None
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.computed
-
-    @property
-    def candidates(self) -> int | None:
-        """How many of the largest logits its next token needs; None: the whole row."""
-        return self.sampler.candidates if self.request.logprobs is None else None
-
-    @property
-    def tokens_out(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
+Rows: TypeAlias = list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int32] | None]]  # of a step: values, perhaps ids
 
 
 class Engine:
     """`submit`, `cancel` and `stats` may be called from any thread; `step` from one at a time."""
 
     def __init__(
-        self, model: BoundModel, tokenizer: Tokenizer, *, max_queue: int = 64, queue_timeout: float | None = None
+        self,
+        model: BoundModel,
+        tokenizer: Tokenizer,
+        *,
+        max_queue: int = 64,
+        queue_timeout: float | None = None,
+        mixed_chunk: int = 128,
+        max_running_per_key: int | None = None,
     ) -> None:
+        """`max_queue`: jobs that may wait; `queue_timeout`: seconds that each may. `mixed_chunk`: most prompt tokens of
+        a step in which others decode. `max_running_per_key`: of the jobs of one key."""
         self._model, self._tokenizer = model, tokenizer
         self._max_queue, self._queue_timeout = max_queue, queue_timeout
-        self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
+        self._scheduler = Scheduler(
+            model.sequences, model.limits, mixed_chunk=mixed_chunk, max_running_per_key=max_running_per_key
+        )
         self._jobs: dict[str, Job] = {}  # all that wait or run
+        self._submitted = 0
         self._counts = EngineStats(kv_blocks_total=model.allocator.total, device_bytes=model.device_bytes)
-        self._lock = threading.Lock()  # over _waiting, _running and _jobs
+        self._steps: deque[StepRecord] = deque(maxlen=STEPS_KEPT)
+        self._lock = threading.Lock()  # over _scheduler and _jobs
         self.wake = threading.Condition(self._lock)
 
     # ---- from any thread ----
@@ -102,11 +75,14 @@ class Engine:
             if request.job_id in self._jobs:
                 raise JobExistsError(f"job {request.job_id!r} is waiting or running: use another job_id")
             # those that the next step will admit do not count as waiting
-            vacant = self._model.limits.max_sequences - len(self._running)
-            if len(self._waiting) >= self._max_queue + max(0, vacant):
-                raise QueueFullError(f"{len(self._waiting)} requests wait, the limit is {self._max_queue}: try later")
+            waiting = len(self._scheduler.waiting)
+            vacant = self._model.limits.max_sequences - len(self._scheduler.running)
+            if waiting >= self._max_queue + max(0, vacant):
+                raise QueueFullError(f"{waiting} requests wait, the limit is {self._max_queue}: try later")
+            self._submitted += 1
+            job.number = self._submitted
             self._jobs[request.job_id] = job
-            self._waiting.append(job)
+            self._scheduler.add(job)
             self.wake.notify_all()
 
     def _job(self, request: Request, emit: Emit) -> Job:
@@ -136,30 +112,54 @@ class Engine:
             return True
 
     def stats(self) -> EngineStats:
+        allocator = self._model.allocator
         with self._lock:
             return replace(
                 self._counts,
-                running=len(self._running),
-                waiting=len(self._waiting),
-                kv_blocks_used=self._model.allocator.used,
+                running=len(self._scheduler.running),
+                waiting=len(self._scheduler.waiting),
+                kv_blocks_used=allocator.used,
+                kv_blocks_kept=allocator.kept,
+                prefix_hit_tokens=self._model.sequences.hit_tokens,
+                evictions=allocator.evictions,
+                preemptions=self._scheduler.preemptions,
             )
+
+    def jobs(self) -> tuple[list[JobRecord], list[JobRecord]]:
+        """Those that run and those that wait, in order of rank."""
+        with self._lock:
+            now = time.monotonic()
+            return [_record(job, now) for job in self._scheduler.running], [
+                _record(job, now) for job in self._scheduler.waiting
+            ]
+
+    def steps(self) -> list[StepRecord]:
+        """The last steps, the latest at the end."""
+        return list(self._steps)
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._jobs)
 
     # ---- from the thread that steps ----
 
     def step(self) -> bool:
         """Ends what was cancelled, admits what fits, runs one ragged batch. False where nothing ran."""
         self._end_cancelled()
-        self._admit()
-        chunks, jobs = self._pack()
-        if not chunks:
+        with self._lock:
+            planned = self._scheduler.plan()
+        if not planned:
             return False
+        began, start = time.time(), time.perf_counter()
+        for job in planned:
+            if not job.started:
+                self._begin(job)
+        decodes = sum(job.pending == 1 for job in planned)
+        prompts = sum(planned.values()) - decodes
+        self._run(planned)
         self._counts.steps += 1
-        self._counts.shared_steps += len(jobs) > 1
-        self._run(chunks, jobs)
+        self._counts.shared_steps += len(planned) > 1
+        self._steps.append(StepRecord(began, time.perf_counter() - start, decodes, prompts))
         return True
 
     def fail_all(self, error: LlorchError) -> None:
@@ -169,6 +169,11 @@ class Engine:
         for job in jobs:
             self._end(job, Failed(error))
 
+    def forget(self) -> None:
+        """What the cache holds is of no more use."""
+        with self._lock:
+            self._model.allocator.clear()
+
     def _end_cancelled(self) -> None:
         now = time.monotonic()
         with self._lock:
@@ -177,69 +182,79 @@ class Engine:
                 late = QueueTimeoutError(f"no place within {self._queue_timeout:g} s: try later")
                 ended += [
                     (job, late)
-                    for job in self._waiting
-                    if job.cancel_with is None and now - job.submitted > self._queue_timeout
+                    for job in self._scheduler.waiting
+                    if not job.started and job.cancel_with is None and now - job.submitted > self._queue_timeout
                 ]
         for job, error in ended:
             self._end(job, Failed(error))
 
-    def _admit(self) -> None:
-        """Takes waiting jobs while blocks for all they may need are free, so that none can run out later."""
-        while len(self._running) < self._model.limits.max_sequences:
-            with self._lock:
-                if not self._waiting:
-                    return
-                job = self._waiting[0]
-                allocator = self._model.allocator
-                blocks = allocator.allocate(allocator.blocks_for(len(job.request.prompt) + job.max_tokens))
-                if blocks is None:
-                    return
-                self._waiting.popleft()
-                job.blocks = blocks
-                self._running.append(job)
-            self._counts.prompt_tokens += len(job.request.prompt)
-            self._emit(job, Started(time.time(), job.sampler.seed))
+    def _begin(self, job: Job) -> None:
+        """A job's first step."""
+        job.started = time.monotonic()
+        self._counts.prompt_tokens += len(job.request.prompt)
+        self._emit(job, Started(time.time(), job.sampler.seed, job.cached_tokens))
 
-    def _pack(self) -> tuple[list[Chunk], list[Job]]:
-        """Decodes first, one token each; then prompts, in order, into what is left of the step."""
-        room, chunks, jobs = self._model.limits.max_tokens, [], []
-        for job in sorted(self._running, key=lambda job: job.pending > 1):  # stable: first come, first served
-            count = min(job.pending, room)
-            if count == 0:
-                break
-            room -= count
-            tokens = job.tokens[job.computed : job.computed + count]
-            chunks.append(Chunk(tokens, job.computed, job.blocks, outputs=int(count == job.pending)))
-            jobs.append(job)
-        return chunks, jobs
-
-    def _run(self, chunks: list[Chunk], jobs: list[Job]) -> None:
-        wanted = [job for job, chunk in zip(jobs, chunks, strict=True) if chunk.outputs]
-        k = self._candidates(wanted)
-        runner = self._model.runner
-        if k:
-            values, ids = runner.candidates(chunks, k)
-        else:
-            logits = runner.logits(chunks)
-        for job, chunk in zip(jobs, chunks, strict=True):
-            job.computed += len(chunk.tokens)
-        for row, job in enumerate(wanted):
-            try:
-                token = job.sampler.sample_candidates(ids[row], values[row]) if k else job.sampler.sample(logits[row])
-            except LlorchError as error:  # NaN logits and the like are this job's alone
-                self._end(job, Failed(error))
+    def _run(self, planned: dict[Job, int]) -> None:
+        chunks = [
+            Chunk(
+                job.tokens[job.computed : job.computed + count],
+                job.computed,
+                job.table.blocks,
+                outputs=int(count == job.pending),
+            )
+            for job, count in planned.items()
+        ]
+        wanted = [job for job, count in planned.items() if count == job.pending]
+        try:
+            rows = self._rows(chunks, wanted)
+        except (DeviceMemoryError, MemoryError) as error:
+            self._blame(planned, error)
+            return
+        for job, count in planned.items():
+            if job.over:  # ended from outside while the step ran
                 continue
-            if job.request.logprobs is not None:
-                job.logprobs.append(token_logprobs(logits[row], token, job.request.logprobs))
-            self._take(job, token)
+            job.computed += count
+            self._model.sequences.record(job.table, job.tokens, job.computed)
+        for job, (values, ids) in zip(wanted, rows, strict=True):
+            if not job.over:
+                self._sample(job, values, ids)
 
-    def _candidates(self, wanted: list[Job]) -> int:
+    def _rows(self, chunks: Sequence[Chunk], wanted: Sequence[Job]) -> Rows:
+        """Runs the step."""
+        runner, k = self._model.runner, self._candidates(wanted)
+        if not k:
+            return [(row, None) for row in runner.logits(chunks)]
+        return list(zip(*runner.candidates(chunks, k), strict=True))
+
+    def _candidates(self, wanted: Sequence[Job]) -> int:
         """The smallest k of the device's that is exact for every job of the step; 0: whole rows are needed."""
         needs = [job.candidates for job in wanted]
         known = [need for need in needs if need is not None]
         if not needs or len(known) < len(needs):
             return 0
         return next((k for k in self._model.runner.candidate_sizes if k >= max(known)), 0)
+
+    def _blame(self, planned: dict[Job, int], error: Exception) -> None:
+        """The device is out of memory: that costs the job that came last, if one did, else all.
+
+        The others have their step again: the same keys and values go to the same places.
+        """
+        newcomers = [job for job in planned if job.pending > 1]
+        if not newcomers and len(planned) > 1:
+            raise error
+        last = max(newcomers or planned, key=lambda job: job.rank)
+        self._end(last, Failed(DeviceMemoryError(f"the device has no memory for this request: {error}")))
+
+    def _sample(self, job: Job, values: npt.NDArray[np.float32], ids: npt.NDArray[np.int32] | None) -> None:
+        """The next token from a row of logits, or from the largest ones and their ids."""
+        try:
+            token = job.sampler.sample(values) if ids is None else job.sampler.sample_candidates(ids, values)
+        except LlorchError as error:  # NaN logits and the like are this job's alone
+            self._end(job, Failed(error), discard=True)
+            return
+        if job.request.logprobs is not None:
+            job.logprobs.append(token_logprobs(values, token, job.request.logprobs))
+        self._take(job, token)
 
     def _take(self, job: Job, token: int) -> None:
         """One sampled token: into the text, and perhaps the end."""
@@ -276,16 +291,14 @@ class Engine:
             job.events += 1
             job.tokens_shown = job.tokens_out
 
-    def _end(self, job: Job, event: Ended | Failed) -> None:
-        """Frees what the job holds, then gives its last event."""
+    def _end(self, job: Job, event: Ended | Failed, *, discard: bool = False) -> None:
+        """Frees what the job holds, then gives its last event. `discard`: nobody gets to share what it computed."""
         with self._lock:
-            if self._jobs.pop(job.request.job_id, None) is None:
+            if job.over:
                 return
-            if job in self._running:
-                self._running.remove(job)
-                self._model.allocator.release(job.blocks)
-            else:
-                self._waiting.remove(job)
+            job.over = True
+            del self._jobs[job.request.job_id]
+            self._scheduler.remove(job, discard=discard)
         self._emit(job, event)
 
     def _emit(self, job: Job, event: Event) -> None:
@@ -294,3 +307,17 @@ class Engine:
         except Exception:  # a listener's fault must not cost another job its step
             log.exception("the listener of job %s raised: the job is cancelled", job.request.job_id)
             job.cancel_with = CancelledError("its listener failed")
+
+
+def _record(job: Job, now: float) -> JobRecord:
+    return JobRecord(
+        job_id=job.request.job_id,
+        priority=job.request.priority,
+        prompt_tokens=len(job.request.prompt),
+        cached_tokens=job.cached_tokens,
+        computed_tokens=job.computed,
+        tokens_out=job.tokens_out,
+        kv_blocks=len(job.table.blocks),
+        preemptions=job.preemptions,
+        seconds=now - job.submitted,
+    )

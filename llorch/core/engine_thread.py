@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from llorch.core.engine import Emit, Engine, EngineStats
+from llorch.core.engine import Engine
 from llorch.core.requests import Request
+from llorch.core.scheduler import Emit
+from llorch.core.stats import EngineStats
 from llorch.errors import EngineError, EngineUnavailableError, LlorchError
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from typing import Any, cast
 import numpy as np
 
 from llorch.core.binder import Binder
-from llorch.core.bound import CANDIDATES, cache_spec
+from llorch.core.bound import CANDIDATES
+from llorch.core.cache_room import wanted_cache
 from llorch.core.config import ModelConfig
 from llorch.core.gguf import GGUFFile
 from llorch.core.loader import architecture, expected_weights
@@ -60,9 +61,12 @@ class Forecaster:
         self._config, self._provider, self._device = config, provider, device
         self._weights = expected_weights(file, config, device)
 
-    def forecast(self, limits: Limits, cache_type: str | None = None) -> Forecast:
-        """Raises SettingsError for a cache type that the device has not."""
-        spec = cache_spec(self._config, limits, self._device, cache_type, self._provider.name)
+    def forecast(self, limits: Limits, cache_type: str | None = None, cache_tokens: int | None = None) -> Forecast:
+        """With a cache of `cache_tokens` tokens, of a context for each sequence where None.
+
+        Raises SettingsError for a cache type that the device has not, or fewer tokens than a context.
+        """
+        spec = wanted_cache(self._config, limits, self._device, cache_type, self._provider.name, cache_tokens)
         sizes, specs = _Sizes(), list[OpSpec]()
         self._build(limits, spec, sizes, specs)
         ask: Callable[[Sequence[HostWeight], CacheSpec, Sequence[OpSpec]], MemoryNeed] | None
@@ -89,13 +93,13 @@ class Forecaster:
             low, high = (middle, high) if fits(middle * block) else (low, middle)
         return low * block
 
-    def check(self, limits: Limits, cache_type: str | None) -> None:
-        """Raises DeviceMemoryError where the weights and one sequence of the whole context cannot fit the device.
+    def check(self, limits: Limits, cache_type: str | None, cache_tokens: int | None = None) -> None:
+        """Raises DeviceMemoryError where the weights and the cache that was asked for cannot fit the device.
 
-        More sequences than that may take turns, and what they need is the cache's own affair.
+        Where no size was asked for, a cache of one whole context is enough: more sequences than that take turns.
         """
         one = replace(limits, max_sequences=1)
-        need, room = self.forecast(one, cache_type), self._device.memory()
+        need, room = self.forecast(one, cache_type, cache_tokens), self._device.memory()
         if need.total <= room.free:
             return
         longest = self.longest_context(one, cache_type, room.free)
@@ -107,7 +111,7 @@ class Forecaster:
             remedy += ": use a more strongly quantised model, or a device with more memory"
         raise DeviceMemoryError(
             f"{self._config.name} with a context of {limits.max_context} tokens needs {shown(need.total)} on "
-            f"{self._provider.name} {self._device.info.name} (weights {shown(need.weights)}, KV cache of one sequence "
+            f"{self._provider.name} {self._device.info.name} (weights {shown(need.weights)}, KV cache "
             f"{shown(need.cache)}, working memory {shown(need.working)}), {shown(room.free)} of {shown(room.total)} "
             f"are free: {remedy}"
         )

@@ -39,6 +39,8 @@ def load(
     device: str | None = None,
     context: int | None = None,
     cache_type: str | None = None,
+    cache_tokens: int | None = None,
+    prefix_cache: bool = True,
     parallel: int = 8,
     chunk: int = 512,
     threads: int | None = None,
@@ -50,7 +52,9 @@ def load(
     `model`: a file (any part of a split one), a directory or pattern that holds one model, or a model of the Hugging
     Face Hub: "hf:OWNER/REPO", ":FILE" or ":QUANT" behind it where the repository has several.
     `context`: tokens of one sequence, the model's own by default. `cache_type`: "f32" or "f16", the provider's default
-    where None. `parallel`: sequences that run together. `chunk`: most tokens of one step. `chat_template`: a
+    where None. `cache_tokens`: what the KV cache holds of all sequences together, by default `parallel` contexts, or
+    what half of the free memory holds where that is less. `prefix_cache`: prompts that begin alike share what is
+    computed of them. `parallel`: sequences that run together. `chunk`: most tokens of one step. `chat_template`: a
     file, or the name of one of the model's templates, instead of the model's default. `progress` gets a fraction and
     what is being done. Raises ModelError, ProviderError or SettingsError.
     """
@@ -71,9 +75,11 @@ def load(
         limits = limits_of(config, context, parallel, chunk)
         chat = Chat.from_gguf(file, tokenizer, chat_template)
         opened = chosen.open(device, DeviceOptions(threads=threads))
-        Forecaster(file, config, chosen, opened).check(limits, cache_type)
+        Forecaster(file, config, chosen, opened).check(limits, cache_type, cache_tokens)
         weights = load_weights(file, config, opened, stages.load)
-        bound = BoundModel(config, chosen, opened, weights, limits, cache_type)
+        bound = BoundModel(
+            config, chosen, opened, weights, limits, cache_type, cache_tokens=cache_tokens, prefix_cache=prefix_cache
+        )
     except BaseException:
         if chat is not None:
             chat.close()
@@ -86,6 +92,7 @@ def load(
         f"provider {chosen.name} on {opened.info.name} ({opened.info.description}): {why}",
         f"{chosen.name}: {bound.counts}",
         *weights.notes,
+        bound.cache_line,
     ]
     return LLM(file, tokenizer, chat, bound, start_lines, time.perf_counter() - start)
 
@@ -183,9 +190,23 @@ class LLM:
     def allocator(self) -> BlockAllocator:
         return self._bound.allocator
 
-    def engine(self, *, max_queue: int = 64, queue_timeout: float | None = None) -> Engine:
+    def engine(
+        self,
+        *,
+        max_queue: int = 64,
+        queue_timeout: float | None = None,
+        mixed_chunk: int = 128,
+        max_running_per_key: int | None = None,
+    ) -> Engine:
         """A scheduler of requests over this model, for whoever steps it: `llorch serve` has one on a thread."""
-        return Engine(self._bound, self.tokenizer, max_queue=max_queue, queue_timeout=queue_timeout)
+        return Engine(
+            self._bound,
+            self.tokenizer,
+            max_queue=max_queue,
+            queue_timeout=queue_timeout,
+            mixed_chunk=mixed_chunk,
+            max_running_per_key=max_running_per_key,
+        )
 
     # ---- generation ----
 

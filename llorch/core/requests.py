@@ -43,6 +43,8 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; else how many of the most likely tokens are reported at each position
+    priority: int = 0  # of all that wait, the lowest number runs first
+    key: str | None = None  # whose request it is, where the places of each are limited
 
 
 class StopReason(StrEnum):
@@ -67,6 +69,7 @@ class Started:
 
     started_at: float  # seconds since the epoch
     seed: int
+    cached_tokens: int = 0  # of the prompt, whose keys and values were in the cache already
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from llorch.core.engine import EngineStats
+from llorch.core.stats import EngineStats
 
 OUTCOMES = ("ended", "cancelled", "failed", "rejected")  # rejected: refused before it was accepted into the queue
 
