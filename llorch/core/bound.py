@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from llorch.core.binder import Binder
 from llorch.core.cache import BlockAllocator
+from llorch.core.cache_room import fitting
 from llorch.core.config import ModelConfig
 from llorch.core.loader import LoadedWeights, architecture
 from llorch.core.plan import Graph, Limits
@@ -35,29 +36,35 @@ class BoundModel:
     ) -> None:
         self.config, self.provider, self.device, self.weights, self.limits = config, provider, device, weights, limits
         self.turn = threading.RLock()
-        self.cache_spec = _cache_spec(config, limits, device, cache_type, provider.name)
-        self._cache = device.kv_cache(self.cache_spec)
-        self.allocator = BlockAllocator(self.cache_spec.blocks, self.cache_spec.block_size)
-        self._inputs = device.inputs(batch_shapes(limits, self.allocator.blocks_for(limits.max_context)))
+        wanted = _cache_spec(config, limits, device, cache_type, provider.name)
+        self._inputs = device.inputs(batch_shapes(limits, -(-limits.max_context // wanted.block_size)))
         self._batch = make_batch(self._inputs)
         self._logits = np.empty((limits.max_outputs, config.vocab_size), np.float32)
-        self.runner, self.counts = self._bind(fused=True)
+        graph, self.counts = self._bind(wanted, fused=True)
+        # the cache comes last: a device that bounds its memory gives it what all else has left
+        self.cache_spec, self.notes = fitting(wanted, device, limits)
+        self._cache = device.kv_cache(self.cache_spec)
+        self.allocator = BlockAllocator(self.cache_spec.blocks, self.cache_spec.block_size)
+        self.runner = self._runner(graph)
         self._unfused: Runner | None = None
 
-    def _bind(self, *, fused: bool) -> tuple[Runner, str]:
+    def _bind(self, cache_spec: CacheSpec, *, fused: bool) -> tuple[Graph, str]:
         binder = Binder(self.device, self.provider.operations(), self.provider.name, fused=fused)
-        graph = Graph(binder, self.weights.bound, self.limits, self._cache, self.cache_spec, self._inputs, self._batch)
+        graph = Graph(binder, self.weights.bound, self.limits, cache_spec, self._inputs, self._batch)
         factors = self.config.rope_scaling.factors(self.weights.host, self.limits.max_context)
         architecture(self.config).build(self.config, graph, factors)
         for k in CANDIDATES:
             if k <= self.config.vocab_size:
                 graph.candidates(graph.logits, k)
-        counts = binder.finish()
-        return Runner(self.device, graph, self._logits, self.limits, self.cache_spec.block_size), counts
+        return graph, binder.finish()
+
+    def _runner(self, graph: Graph) -> Runner:
+        graph.cache = self._cache
+        return Runner(self.device, graph, self._logits, self.limits, self.cache_spec.block_size)
 
     def _unfused_runner(self) -> Runner:
         if self._unfused is None:
-            self._unfused, _ = self._bind(fused=False)
+            self._unfused = self._runner(self._bind(self.cache_spec, fused=False)[0])
         return self._unfused
 
     @property

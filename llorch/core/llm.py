@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,8 @@ from llorch.core.runner import Runner
 from llorch.core.tokenizer import Tokenizer
 from llorch.errors import SettingsError, TokenizerError
 from llorch.providers import registry
-from llorch.providers.spec import Device, DeviceInfo, DeviceOptions
+from llorch.providers.memory_limit import MemoryLimit
+from llorch.providers.spec import Device, DeviceInfo, DeviceOptions, Provider
 
 OUTPUT_ROWS = 64  # rows of logits a step may give; more are computed in several steps
 
@@ -40,6 +42,8 @@ def load(
     parallel: int = 8,
     chunk: int = 512,
     threads: int | None = None,
+    gpu_memory: str | None = None,
+    prefill_weights: Literal["half"] | None = None,
     chat_template: str | Path | None = None,
     progress: Callable[[float, str], None] = lambda _fraction, _text: None,
 ) -> LLM:
@@ -47,12 +51,14 @@ def load(
 
     `model`: a file (any part of a split one), or a directory or pattern that holds one model.
     `context`: tokens of one sequence, the model's own by default. `cache_type`: "f32" or "f16", the provider's default
-    where None. `parallel`: sequences that run together. `chunk`: most tokens of one step. `chat_template`: a
-    file, or the name of one of the model's templates, instead of the model's default. `progress` gets a fraction and
-    what is being done. Raises ModelError, ProviderError or SettingsError.
+    where None. `parallel`: sequences that run together. `chunk`: most tokens of one step. `gpu_memory`: the most to
+    take, "20GiB" or "90%". `prefill_weights`: "half" keeps halves beside quantised weights. A provider without these
+    two refuses them. `chat_template`: a file, or the name of one of the model's templates, instead of the model's
+    default. `progress` gets a fraction and what is being done. Raises ModelError, ProviderError or SettingsError.
     """
     start = time.perf_counter()
     chosen, why = registry.choose(provider)
+    options = _device_options(chosen, threads, gpu_memory, prefill_weights)
     file = open_model(model)
     opened: Device | None = None
     chat: Chat | None = None
@@ -66,7 +72,7 @@ def load(
             )
         limits = _limits(config, context, parallel, chunk)
         chat = Chat.from_gguf(file, tokenizer, chat_template)
-        opened = chosen.open(device, DeviceOptions(threads=threads))
+        opened = chosen.open(device, options)
         weights = load_weights(file, config, opened, progress)
         bound = BoundModel(config, chosen, opened, weights, limits, cache_type)
     except BaseException:
@@ -81,8 +87,27 @@ def load(
         f"provider {chosen.name} on {opened.info.name} ({opened.info.description}): {why}",
         f"{chosen.name}: {bound.counts}",
         *weights.notes,
+        *bound.notes,
     ]
     return LLM(file, tokenizer, chat, bound, start_lines, time.perf_counter() - start)
+
+
+def _device_options(
+    provider: Provider, threads: int | None, gpu_memory: str | None, prefill_weights: Literal["half"] | None
+) -> DeviceOptions:
+    """Raises SettingsError for an option that the provider has not."""
+    try:
+        limit = None if gpu_memory is None else MemoryLimit.parse(gpu_memory)
+    except ValueError as error:
+        raise SettingsError(f"gpu_memory: {error}, not {gpu_memory!r}") from error
+    options = DeviceOptions(threads=threads, gpu_memory=limit, prefill_weights=prefill_weights)
+    for name in ("gpu_memory", "prefill_weights"):
+        if getattr(options, name) is not None and name not in getattr(provider, "options", ()):
+            raise SettingsError(
+                f"provider {provider.name} has no --{name.replace('_', '-')}: leave it out, or choose a provider that "
+                "has it with --provider"
+            )
+    return options
 
 
 def _limits(config: ModelConfig, context: int | None, parallel: int, chunk: int) -> Limits:

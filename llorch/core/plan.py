@@ -59,6 +59,13 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class CacheLayer:
+    """Stands for a layer of the cache, which is allocated when all sites are bound."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
 class Site:
     kernel: Kernel
     args: tuple[Any, ...]
@@ -100,13 +107,13 @@ class Graph:
         binder: Binder,
         weights: Mapping[str, BoundWeight],
         limits: Limits,
-        cache: KVCache,
         cache_spec: CacheSpec,
         inputs: Inputs,
         batch: Batch,
     ) -> None:
         self._binder, self._weights, self._limits = binder, weights, limits
-        self._cache, self._cache_spec = cache, cache_spec
+        self._cache_spec = cache_spec
+        self.cache: KVCache  # set before the first plan: it takes the memory that binding leaves
         self.inputs, self.batch = inputs, batch
         self.body: list[Site] = []
         self.head: list[Site] = []
@@ -222,7 +229,7 @@ class Graph:
             window=config.window if config.window and config.window < self._limits.max_context else None,
             **site,
         )
-        self._add("attention", spec, out, q, k, v, self._cache.layers[site["layer"]], self.batch)
+        self._add("attention", spec, out, q, k, v, CacheLayer(site["layer"]), self.batch)
 
     def gate_up_swiglu(self, out: Buffer, x: Buffer, gate: str, up: str, label: str) -> None:
         spec = GateUpSwigluSpec(gate=self._matmul_spec(gate), up=self._matmul_spec(up), **self._site(label))
@@ -276,6 +283,8 @@ class Plans:
     def _entries(self, site: Site, counts: Mapping[str, int]) -> Iterator[Entry]:
         # The body's buffers come uncut to the head's gather: it reads any row of them.
         def cut(arg: Any) -> Any:
+            if isinstance(arg, CacheLayer):
+                return self._graph.cache.layers[arg.layer]
             if not isinstance(arg, Buffer):
                 return arg
             return self._device.rows(arg.tensor, counts[arg.rows]) if counts[arg.rows] else arg.tensor

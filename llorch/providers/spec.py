@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pluggy
 
+from llorch.providers.memory_limit import MemoryLimit
+
 API_VERSION = 1
 ACCEPTED_API_VERSIONS = range(1, API_VERSION + 1)  # new optional hooks and new spec fields with defaults don't bump it
 
@@ -343,13 +345,24 @@ class DeviceInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
-    """What a user may set about a device; a provider takes what concerns it."""
+    """What a user may set about a device. None: the provider's choice.
 
-    threads: int | None = None  # CPU threads; None: the provider's choice
+    A provider without threads passes over `threads`. The others it gets only where its attribute `options` names
+    them (`options = frozenset({"gpu_memory"})`): setting one of another provider is an error.
+    """
+
+    threads: int | None = None  # CPU threads
+    gpu_memory: MemoryLimit | None = None  # most of the device's memory to take
+    prefill_weights: Literal["half"] | None = None  # "half": weights of products lie expanded beside the quantised
 
 
 class Device(Protocol):
-    """An opened device. One thread at a time calls it."""
+    """An opened device. One thread at a time calls it.
+
+    A device may also have `cache_blocks(spec: CacheSpec) -> int`: how many of the spec.blocks blocks it has room for.
+    It is asked when weights, activations and scratch memory are allocated, just before `kv_cache`. Without it, as many
+    as the context times the sequences need are asked of `kv_cache`.
+    """
 
     @property
     def info(self) -> DeviceInfo: ...

@@ -30,8 +30,8 @@ class Memory:
             total, free = self._runtime.memory()
             raise DeviceMemoryError(
                 f"{what} needs {nbytes / 2**20:,.1f} MiB more on {self._runtime.properties.name}, "
-                f"{free / 2**20:,.1f} of {total / 2**20:,.1f} MiB are free: use a smaller --context or --parallel, "
-                "or a more strongly quantised model"
+                f"{free / 2**20:,.1f} of {total / 2**20:,.1f} MiB are free: use a smaller --chunk, --context or "
+                "--parallel, or a more strongly quantised model"
             ) from error
         self._allocated.add(found)
         return found
@@ -67,6 +67,7 @@ class Weight:
     shape: tuple[int, ...]
     nbytes: int
     kind: Plain  # what it is multiplied as on tensor cores
+    halves: Allocation | None = None  # the same values, [rows][whole units of columns]
 
     @property
     def address(self) -> int:
@@ -99,6 +100,12 @@ class LayerCache:
 
     keys: Allocation
     values: Allocation
+
+
+def blocks_that_fit(spec: CacheSpec, free: int, piece: int) -> int:
+    """Blocks of such a cache for which this many bytes are enough, where memory comes in pieces of `piece` bytes."""
+    each = free // (2 * spec.layers) // piece * piece  # keys and values of a layer are allocated apart
+    return min(spec.blocks, each // (cache_block_bytes(spec) // 2))
 
 
 def padded_dim(head_dim: int) -> int:

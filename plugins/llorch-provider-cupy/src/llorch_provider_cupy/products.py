@@ -4,13 +4,14 @@ more cuBLAS, over the weights' values in a plain type that tensor cores take.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 from llorch.providers import GateUpSwigluSpec, Kernel, MatmulGroupSpec, MatmulSpec
 from llorch_provider_cupy import programs
-from llorch_provider_cupy.device import CudaDevice, padded_columns
+from llorch_provider_cupy.device import NATIVE, CudaDevice, padded_columns
 from llorch_provider_cupy.formats import UNIT
 from llorch_provider_cupy.launches import FLAT_THREADS, ROW_THREADS, Site, Work, blocks, i32
 from llorch_provider_cupy.memory import Tensor, Weight
@@ -22,7 +23,6 @@ ROWS_PER_WARP = {1: 1, 2: 2, 4: 2, 8: 2}  # as kernels/products.cu has them
 PRODUCT_THREADS, PRODUCT_WARPS = 128, 4
 PARTS = 3  # products of a launch
 SLAB_BYTES = 128 << 20  # of a weight's values at once, beside the weight itself
-NATIVE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # weights that lie as cuBLAS takes them
 ROUNDED_BYTES = 16  # of a unit's scale and sums
 
 
@@ -111,15 +111,14 @@ class Products:
         product = Gemm(w.kind, out, rows, source, x_stride, w.address, stride, tokens, rows, cols)
         if NATIVE.get(w.type) == w.kind:
             return [functools.partial(self._device.runtime.gemm, product)]
-        values, width = self._device.scratch("values"), PLAIN_BYTES[w.kind]
-        name = "to_floats" if w.kind == "f32" else "to_half_values"
-        launch = self._device.function(self._program, name, FLAT_THREADS)
+        if w.kind == "f16" and w.halves is not None:
+            return [functools.partial(self._device.runtime.gemm, product._replace(w=w.halves.address))]
+        values = self._device.scratch("values")
         works: list[Work] = []
-        slab = min(values.nbytes // (stride * width), 65535)  # the most blocks along y
+        slab = values.nbytes // (stride * PLAIN_BYTES[w.kind])
         for first in range(0, rows, slab):
             count = min(slab, rows - first)
-            grid = (blocks(stride // 8, FLAT_THREADS), count)
-            works.append(launch.work(grid, values.address, w.address, i32(rows), i32(self._units), i32(first)))
+            works += self._device.expand(w, w.kind, values.address, first, count)
             part = product._replace(out=out + 4 * first, w=values.address, rows=count)
             works.append(functools.partial(self._device.runtime.gemm, part))
         return works
@@ -230,4 +229,4 @@ def _many_gated(
 
 
 def _as(weight: Weight, kind: Plain) -> Weight:
-    return Weight(weight.allocation, weight.type, weight.shape, weight.nbytes, kind)
+    return dataclasses.replace(weight, kind=kind)

@@ -17,6 +17,7 @@ class CudaProvider:
     api_version = API_VERSION
     priority = -1  # named only: `auto` does not choose kernels that have never run on a card
     batch_invariant = False  # cuBLAS takes over from 9 tokens on, and its own kernels differ by shape
+    options = frozenset({"gpu_memory", "prefill_weights"})
     rounds_activations = True  # to int8 for a few tokens, to half for many
 
     def devices(self) -> list[DeviceInfo]:
@@ -38,7 +39,9 @@ class CudaProvider:
         from llorch_provider_cupy.cupy_runtime import CupyRuntime
         from llorch_provider_cupy.device import CudaDevice
 
-        return CudaDevice(CupyRuntime(int(name.removeprefix("cuda:"))), available[name])
+        options = options or DeviceOptions()
+        runtime = CupyRuntime(int(name.removeprefix("cuda:")), options.gpu_memory)
+        return CudaDevice(runtime, available[name], halves=options.prefill_weights == "half")
 
     def operations(self) -> Any:
         from llorch_provider_cupy.operations import CudaOps

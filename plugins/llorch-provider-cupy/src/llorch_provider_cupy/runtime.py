@@ -26,6 +26,7 @@ class Properties:
     name: str
     compute_capability: tuple[int, int]
     multiprocessors: int
+    piece: int  # bytes: memory is allocated in multiples of it
 
 
 class Allocation(Protocol):

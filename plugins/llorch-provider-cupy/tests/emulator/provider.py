@@ -19,12 +19,16 @@ class EmulatedProvider:
     priority = 0
     batch_invariant = False
     rounds_activations = True
+    options = frozenset({"gpu_memory", "prefill_weights"})
+    total = 1 << 30  # bytes of a card
 
     def devices(self) -> list[DeviceInfo]:
         return [INFO]
 
     def open(self, device: str | None = None, options: DeviceOptions | None = None) -> CudaDevice:
-        return CudaDevice(HostRuntime(), INFO)
+        options = options or DeviceOptions()
+        runtime = HostRuntime(self.total, options.gpu_memory)
+        return CudaDevice(runtime, INFO, halves=options.prefill_weights == "half")
 
     def operations(self) -> CudaOps:
         return CudaOps()

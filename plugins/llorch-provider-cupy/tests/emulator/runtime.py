@@ -21,6 +21,8 @@ import numpy.typing as npt
 from llorch_provider_cupy.programs import Program
 from llorch_provider_cupy.runtime import Gemm, Properties
 
+from llorch.providers import MemoryLimit
+
 HEADER = Path(__file__).with_name("cuda_on_host.h")
 CACHE = Path(__file__).parents[4] / ".cache" / "cuda-emulator"  # of the checkout; nothing else depends on it
 OPTIONS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-w")
@@ -77,10 +79,10 @@ class HostAllocation:
 
 
 class HostRuntime:
-    properties = Properties("emulated card", (9, 0), 2)
+    properties = Properties("emulated card", (9, 0), 2, 1)
 
-    def __init__(self, total: int = 1 << 30) -> None:
-        self.total = total
+    def __init__(self, total: int = 1 << 30, limit: MemoryLimit | None = None) -> None:
+        self.total = total if limit is None else limit.of(total)
         self.allocated: dict[int, tuple[int, npt.NDArray[np.uint8]]] = {}
         self.launched: list[str] = []  # names of kernels, for tests that ask which ran
         self._libraries: dict[Program, ctypes.CDLL] = {}
