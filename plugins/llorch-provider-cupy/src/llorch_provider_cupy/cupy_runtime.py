@@ -19,6 +19,7 @@ from llorch_provider_cupy.programs import Program
 from llorch_provider_cupy.runtime import Gemm, Properties
 
 SENDS_IN_FLIGHT = 4
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, which CuPy 14 has no name for
 PIECE = 2 << 20  # of cudaMalloc: the granularity that cuMemGetAllocationGranularity gives on all cards since Pascal
 OUTSIDE_OF_THE_POOL = 256 << 20  # bytes left for modules and graphs, a guess: what they take has not been measured
 _current = threading.local()  # the runtime whose device and stream CUDA and CuPy hold for this thread
@@ -87,6 +88,18 @@ class CupyRuntime:
         with self._checked():
             cuda.memcpyAsync(target, source, nbytes, cuda.memcpyDeviceToDevice, self._stream.ptr)
 
+    def transfer(self, other: CupyRuntime, target: int, source: int, nbytes: int) -> None:
+        with other._checked():
+            ready = cupy.cuda.Event(disable_timing=True)
+            ready.record(other._stream)
+        with self._checked():
+            self._stream.wait_event(ready)
+            cuda.memcpyPeerAsync(target, other._device.id, source, self._device.id, nbytes, self._stream.ptr)
+            done = cupy.cuda.Event(disable_timing=True)
+            done.record(self._stream)
+        with other._checked():
+            other._stream.wait_event(done)
+
     @contextmanager
     def _checked(self) -> Iterator[None]:
         """CUDA's errors, which may be those of kernels that were enqueued before, as errors of this provider."""
@@ -94,7 +107,7 @@ class CupyRuntime:
         try:
             yield
         except cuda.CUDARuntimeError as error:
-            if error.status == cuda.errorMemoryAllocation:
+            if error.status == OUT_OF_MEMORY:
                 total, free = self.memory()
                 raise DeviceMemoryError(
                     f"CUDA itself is out of memory on {self.properties.name} ({error}): {free / 2**20:,.0f} of "

@@ -92,8 +92,8 @@ class CudaDevice:
 
     def expect(self, weights: Sequence[HostWeight]) -> str:
         """Raises DeviceMemoryError before anything is uploaded where the weights cannot fit."""
-        need, free = sum(self._size(weight) for weight in weights), self.memory().free
-        halves = sum(self._half_bytes(weight) for weight in weights)
+        need, free = sum(map(self._size, weights)), self.memory().free
+        halves = sum(map(self._half_bytes, weights))
         where = f"on {self.info.description}, {free / 2**30:.2f} GiB are free"
         if need > free:
             raise DeviceMemoryError(
@@ -107,6 +107,10 @@ class CudaDevice:
             )
         beside = f", and {halves / 2**30:.2f} GiB of halves beside them" if self._halves else ""
         return f"weights: {need / 2**30:.2f} GiB, quantised as in the file, scales apart from quants{beside}"
+
+    def bytes_of(self, weight: HostWeight) -> int:
+        """What a weight takes here, at most."""
+        return self._size(weight) + self._half_bytes(weight)
 
     def _half_bytes(self, weight: HostWeight) -> int:
         """What a matrix takes as halves beside itself: at most, as one with larger values gets none."""

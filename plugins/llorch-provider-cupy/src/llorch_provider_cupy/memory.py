@@ -81,17 +81,18 @@ class Inputs:
         self._runtime = runtime
         sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
         ends = np.cumsum(list(sizes.values())).tolist()
-        self._all = np.zeros(ends[-1], np.int32)
-        self._allocation = memory.allocate(self._all.nbytes, "the inputs of a step")
+        self.everything = np.zeros(ends[-1], np.int32)
+        self._allocation = memory.allocate(self.everything.nbytes, "the inputs of a step")
         self.host: dict[str, npt.NDArray[np.int32]] = {}
         self.device: dict[str, Tensor] = {}
         for (name, shape), end in zip(shapes.items(), ends, strict=True):
             start = end - sizes[name]
-            self.host[name] = self._all[start:end].reshape(shape)
+            self.host[name] = self.everything[start:end].reshape(shape)
             self.device[name] = Tensor(self._allocation, tuple(shape), np.dtype(np.int32), 4 * start)
 
-    def upload(self) -> None:
-        self._runtime.send(self._allocation.address, self._all)
+    def upload(self, everything: npt.NDArray[np.int32] | None = None) -> None:
+        """`everything`: the host array of inputs of the same shapes, to be sent instead."""
+        self._runtime.send(self._allocation.address, self.everything if everything is None else everything)
 
 
 @dataclass(frozen=True)

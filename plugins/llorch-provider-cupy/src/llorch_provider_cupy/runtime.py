@@ -70,6 +70,10 @@ class Runtime(Protocol):
         """Copies from the device to a contiguous array, when all that is enqueued is done."""
 
     def copy(self, target: int, source: int, nbytes: int) -> None: ...
+    def transfer(self, other: Any, target: int, source: int, nbytes: int) -> None:
+        """Copies to the card of `other`, a runtime of the same kind: behind all that is enqueued on either of the two,
+        before all that will be. Not to be recorded."""
+
     def function(self, program: Program, name: str) -> Any:
         """A kernel of a program, compiled where it was not yet. Raises ProviderError with the compiler's lines."""
 

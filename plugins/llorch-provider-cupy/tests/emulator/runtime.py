@@ -132,6 +132,11 @@ class HostRuntime:
     def _copy(self, target: int, source: int, nbytes: int) -> None:
         self._view(target, nbytes)[...] = self._view(source, nbytes)
 
+    def transfer(self, other: HostRuntime, target: int, source: int, nbytes: int) -> None:
+        assert self._recording is None
+        assert other._recording is None
+        other._view(target, nbytes)[...] = self._view(source, nbytes)
+
     # ---- kernels ----
 
     def function(self, program: Program, name: str) -> Any:
