@@ -157,6 +157,11 @@ class LLM:
         return self.limits.max_context
 
     @property
+    def device(self) -> Device:
+        """The opened device, for measurements: its calls must take turns with this object's."""
+        return self._bound.device
+
+    @property
     def device_info(self) -> DeviceInfo:
         return self._bound.device.info
 

@@ -25,19 +25,6 @@ SELECTION = {
 }
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The emulated provider as an installed one, for the processes of these tests alone."""
-    folder = tmp_path_factory.mktemp("site")
-    info = folder / "cuda_emulated-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cuda-emulated\nVersion: 0\n")
-    entries = ("[llorch.providers]", "cuda-emulated = emulator.provider:provider")
-    entries += ("cuda-emulated-pair = emulator.provider:pair",)
-    (info / "entry_points.txt").write_text("\n".join(entries) + "\n")
-    return folder
-
-
 PAIR = {
     "operations and device": "test_device or ((test_add or embed or topk or rope or tied) and (Q8_0 or not matmul) "
     "and not test_models and not gate_up and not test_attention)",

@@ -149,6 +149,17 @@ class CupyRuntime:
 
         return replay
 
+    def mark(self) -> Any:
+        self._enter()
+        event = cupy.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def seconds(self, first: Any, second: Any) -> float:
+        with self._checked():
+            second.synchronize()
+            return float(cupy.cuda.get_elapsed_time(first, second)) / 1e3
+
     # ---- memory ----
 
     def memory(self) -> tuple[int, int]:

@@ -84,6 +84,12 @@ class Runtime(Protocol):
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Records what `run` enqueues, without doing it; returns what enqueues all of it at once."""
 
+    def mark(self) -> Any:
+        """A point behind all that is enqueued, for `seconds`."""
+
+    def seconds(self, first: Any, second: Any) -> float:
+        """The time between two marks, once the second is reached."""
+
     def memory(self) -> tuple[int, int]:
         """(total, free) bytes; what a limit keeps from this runtime is not free."""
 
