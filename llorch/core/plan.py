@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from llorch.core.binder import Binder
 from llorch.core.config import ModelConfig
+from llorch.errors import BindError
 from llorch.providers.spec import (
     AddRMSNormSpec,
     AddSpec,
@@ -273,12 +274,22 @@ class Plans:
         plan = self._kept.get(key)
         if plan is None:
             counts = {"tokens": tokens, "outputs": outputs}
-            plan = [entry for site in sites for entry in self._entries(site, counts)]
+            plan = self._fused([entry for site in sites for entry in self._entries(site, counts)])
             self._kept[key] = plan
             if len(self._kept) > PLANS_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return plan
+
+    def _fused(self, plan: list[Entry]) -> list[Entry]:
+        """The plan as a device that can join neighbouring entries would run it."""
+        fuse: Callable[[Sequence[Entry]], Sequence[Entry]] | None = getattr(self._device, "fuse", None)
+        if fuse is None:
+            return plan
+        found = list(fuse(plan))
+        if [entry.outputs for entry in found] != [entry.outputs for entry in plan]:
+            raise BindError("the device's `fuse` gave entries with other outputs: it must keep each where it is")
+        return found
 
     def _entries(self, site: Site, counts: Mapping[str, int]) -> Iterator[Entry]:
         # The body's buffers come uncut to the head's gather: it reads any row of them.

@@ -359,9 +359,14 @@ class DeviceOptions:
 class Device(Protocol):
     """An opened device. One thread at a time calls it.
 
-    A device may also have `cache_blocks(spec: CacheSpec) -> int`: how many of the spec.blocks blocks it has room for.
-    It is asked when weights, activations and scratch memory are allocated, just before `kv_cache`. Without it, as many
-    as the context times the sequences need are asked of `kv_cache`.
+    A device may also have
+
+    - `cache_blocks(spec: CacheSpec) -> int`: how many of the spec.blocks blocks it has room for. It is asked when
+      weights, activations and scratch memory are allocated, just before `kv_cache`. Without it, as many as the context
+      times the sequences need are asked of `kv_cache`.
+    - `fuse(entries)`: called with each finished plan, named tuples (kernel, args, outputs) that will always run one
+      right after another. Returns as many, with the same outputs, that together do the same: where a kernel can do a
+      part of its neighbour's work, such as rounding what it writes, both are replaced.
     """
 
     @property

@@ -15,13 +15,14 @@ from llorch_provider_cupy.device import CudaDevice
 from llorch_provider_cupy.formats import FORMATS
 
 import llorch
+from llorch.core.plan import expand
 from llorch.core.runner import Chunk
 from llorch.errors import DeviceMemoryError, ProviderUnavailableError
-from llorch.providers import MatmulSpec, registry
+from llorch.providers import MatmulSpec, RMSNormSpec, Step, registry
 from llorch.providers.conformance import oracle
 from llorch.providers.conformance.models import TinyModel, write_model
 from llorch.providers.conformance.rig import ROUNDED, Rig, compare
-from llorch.providers.conformance.weights import random_weight, values_of
+from llorch.providers.conformance.weights import random_weight, values_of, vector
 
 
 def test_a_captured_decode_step_equals_the_plain_one(
@@ -136,6 +137,49 @@ def test_a_model_with_halves_beside_its_weights_gives_its_tokens(load: Any, q4_0
         np.testing.assert_array_equal(llm.logits(prompt), expected)
         assert before - free(llm) > 1 << 20
         assert any("halves beside" in line for line in llm.start_lines)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_norms_round_for_the_product_behind_them(
+    load: Any, q4_0: Path, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, launches = [], []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(CudaDevice, "fuse", lambda _self, entries: entries)
+        with load(q4_0, parallel=1) as llm:
+            chunk = Chunk([5, 6, 7][:tokens], 0, [1], outputs=tokens)
+            llm.runner.logits([chunk])
+            llm.device.runtime.launched.clear()
+            logits.append(llm.runner.logits([chunk]).copy())
+            launches.append([name.split()[0] for name in llm.device.runtime.launched])
+    np.testing.assert_array_equal(*logits)
+    layers = TinyModel().layers
+    # before attn_output and ffn_down; unfused also before q, k, v, before gate and up, and before the logits
+    assert [found.count("round_rows") for found in launches] == [2 * layers, 4 * layers + 1]
+
+
+def test_only_neighbours_that_share_a_tensor_are_fused(device: CudaDevice) -> None:
+    rig, rng = Rig(EmulatedProvider(), device), np.random.default_rng(5)
+    norm_spec, spec = (
+        RMSNormSpec(max_tokens=2, dim=64, eps=1e-5),
+        MatmulSpec(max_tokens=2, rows=8, cols=64, type="Q8_0"),
+    )
+    weight = device.weight(random_weight(rng, "Q8_0", 8, 64, frozenset({"matmul"})))
+    gain = device.weight(vector("norm", np.ones(64, np.float32)))
+    norm, product = rig.bind("rmsnorm", norm_spec), rig.bind("matmul", spec)
+    x, h, other, out = (device.empty((2, n), "float32") for n in (64, 64, 64, 8))
+    first, again = Step(norm, (h, x, gain), norm_spec), Step(norm, (other, x, gain), norm_spec)
+    matmul = Step(product, (out, h, weight, None), spec)
+
+    def rounded(*steps: Step) -> list[bool]:
+        plan = [entry for step in steps for entry in expand(step)]
+        return [fused.kernel is not entry.kernel for fused, entry in zip(device.fuse(plan), plan, strict=True)]
+
+    assert rounded(first, matmul) == [True, True]
+    assert rounded(first, again, matmul) == [False, False, False]  # `again` could have written over the rounded h
+    assert rounded(again, matmul) == [False, False]
+    assert rounded(matmul, first) == [False, False]
 
 
 @pytest.mark.parametrize("kind", FORMATS)

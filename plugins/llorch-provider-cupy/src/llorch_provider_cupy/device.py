@@ -12,7 +12,7 @@ import numpy.typing as npt
 from llorch.providers import CacheSpec, DeviceInfo, DeviceMemoryError, HostWeight, MemoryInfo
 from llorch_provider_cupy import programs
 from llorch_provider_cupy.formats import FORMATS, LARGEST_HALF, UNIT
-from llorch_provider_cupy.launches import FLAT_THREADS, Function, Work, blocks, i32
+from llorch_provider_cupy.launches import FLAT_THREADS, Function, Work, blocks, fuse, i32
 from llorch_provider_cupy.memory import Inputs, KVCache, Memory, Tensor, Weight, blocks_that_fit, cache_block_bytes
 from llorch_provider_cupy.programs import Program
 from llorch_provider_cupy.runtime import Allocation, Plain, Runtime
@@ -202,6 +202,9 @@ class CudaDevice:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         return self.runtime.record(run)
+
+    def fuse(self, entries: Sequence[Any]) -> Sequence[Any]:
+        return fuse(entries)
 
     def memory(self) -> MemoryInfo:
         total, free = self.runtime.memory()

@@ -30,6 +30,11 @@ def _address(weight: Weight | None) -> int:
     return 0 if weight is None else weight.address
 
 
+def rounded_twin(device: CudaDevice) -> tuple[int, int]:
+    """Where the rounded activations of the next product lie: numbers, and each unit's scale and sums."""
+    return device.scratch("numbers").address, device.scratch("rounded").address
+
+
 class Products:
     """Products of weights of one type with the same x."""
 
@@ -56,10 +61,11 @@ class Products:
         tokens, cols = x.shape
         launch = self._device.function(programs.program("rows"), "round_rows", FLAT_THREADS)
         grid = (blocks(self._units, FLAT_THREADS // 32), tokens)
-        return [launch.work(grid, *self._numbers(), x.address, i32(cols), i32(self._units))]
+        return [launch.work(grid, *rounded_twin(self._device), x.address, i32(cols), i32(self._units))]
 
-    def _numbers(self) -> tuple[int, int]:
-        return self._device.scratch("numbers").address, self._device.scratch("rounded").address
+    def takes(self, x: Tensor) -> Tensor | None:
+        """x where it is rounded before this product."""
+        return None if self._plain or x.shape[0] > MOST_TOKENS else x
 
     def few(self, x: Tensor, parts: Sequence[tuple[Tensor, Weight, Weight | None]]) -> list[Work]:
         """Products of up to PARTS weights in one launch."""
@@ -85,7 +91,7 @@ class Products:
         return [launch.work(grid, *self._x(x), *pointers, i32(rows))]
 
     def _x(self, x: Tensor) -> tuple[Any, ...]:
-        pointers = (x.address,) if self._plain else self._numbers()
+        pointers = (x.address,) if self._plain else rounded_twin(self._device)
         return (*pointers, i32(x.shape[0]), i32(self._spec.cols), i32(self._units))
 
     # ---- many tokens ----
@@ -136,12 +142,12 @@ class Products:
 def matmul(device: CudaDevice, spec: MatmulSpec) -> Kernel:
     product = Products(device, spec)
 
-    def works(out: Tensor, x: Tensor, w: Weight, bias: Weight | None) -> list[Work]:
+    def works(out: Tensor, x: Tensor, w: Weight, bias: Weight | None, *, rounded: bool = False) -> list[Work]:
         if x.shape[0] <= MOST_TOKENS:
-            return product.prepare(x) + product.few(x, [(out, w, bias)])
+            return ([] if rounded else product.prepare(x)) + product.few(x, [(out, w, bias)])
         return product.convert(x, w.kind) + product.many(out.address, x, w) + product.finish(out, w.kind, bias)
 
-    return Site(device, spec, works)
+    return Site(device, spec, works, takes=lambda _out, x, *_weights: product.takes(x))
 
 
 def matmul_group(device: CudaDevice, spec: MatmulGroupSpec) -> Kernel:
@@ -149,20 +155,22 @@ def matmul_group(device: CudaDevice, spec: MatmulGroupSpec) -> Kernel:
     products = {part.type: Products(device, part) for part in spec.parts}
     n = len(spec.parts)
 
-    def works(*args: Any) -> list[Work]:
+    def works(*args: Any, rounded: bool = False) -> list[Work]:
         outs, x, weights, biases = args[:n], args[n], args[n + 1 : 2 * n + 1], args[2 * n + 1 :]
         parts = list(zip(outs, weights, biases, strict=True))
         few = x.shape[0] <= MOST_TOKENS
-        return _few_parts(products, x, parts) if few else _many_parts(products, x, parts)
+        return _few_parts(products, x, parts, rounded) if few else _many_parts(products, x, parts)
 
-    return Site(device, spec, works)
+    def takes(*args: Any) -> Tensor | None:
+        return next((x for product in products.values() if (x := product.takes(args[n])) is not None), None)
+
+    return Site(device, spec, works, takes=takes)
 
 
 def _few_parts(
-    products: dict[str, Products], x: Tensor, parts: Sequence[tuple[Tensor, Weight, Weight | None]]
+    products: dict[str, Products], x: Tensor, parts: Sequence[tuple[Tensor, Weight, Weight | None]], rounded: bool
 ) -> list[Work]:
     works: list[Work] = []
-    rounded = False
     for kind, product in products.items():
         same = [part for part in parts if part[1].type == kind]
         if kind not in NATIVE and not rounded:  # rounding is the same for all quantised types
@@ -197,13 +205,21 @@ def gate_up_swiglu(device: CudaDevice, spec: GateUpSwigluSpec) -> Kernel | None:
             device.reserve(name, 4 * spec.max_tokens * spec.gate.rows)
 
     def works(
-        out: Tensor, x: Tensor, gate: Weight, up: Weight, bias_gate: Weight | None, bias_up: Weight | None
+        out: Tensor,
+        x: Tensor,
+        gate: Weight,
+        up: Weight,
+        bias_gate: Weight | None,
+        bias_up: Weight | None,
+        *,
+        rounded: bool = False,
     ) -> list[Work]:
         if x.shape[0] <= MOST_TOKENS:
-            return product.prepare(x) + product.few_gated(out, x, gate, up, bias_gate, bias_up)
+            before = [] if rounded else product.prepare(x)
+            return before + product.few_gated(out, x, gate, up, bias_gate, bias_up)
         return _many_gated(device, product, out, x, (gate, up), (bias_gate, bias_up))
 
-    return Site(device, spec, works)
+    return Site(device, spec, works, takes=lambda _out, x, *_weights: product.takes(x))
 
 
 def _many_gated(
