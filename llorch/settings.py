@@ -28,6 +28,7 @@ from llorch.errors import SettingsError
 ENV_PREFIX = "LLORCH_"
 TOML = "llorch.toml"
 _NONE = "\0"  # what pydantic-settings reads as None; a prompt or name may well be "null", but no argument holds a NUL
+DEVICE_OPTIONS = ("threads", "gpu_memory", "prefill_weights")  # what llorch.load passes to the provider
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT", "list[str]": "TEXT"}
 _NOUNS = {int: "a whole number", float: "a number", bool: "true or false"}
 _EPILOG = (
@@ -47,6 +48,17 @@ def _split(value: object) -> object:
             raise ValueError(f"expected values separated by commas, or a JSON list ({error})") from error
     return [item for item in value.split(",") if item]
 
+
+def _memory(value: object) -> object:
+    """Checks an amount of memory, which stays as it was written."""
+    if value is not None:
+        from llorch.providers.memory_limit import MemoryLimit
+
+        MemoryLimit.parse(str(value))
+    return value if value is None else str(value)
+
+
+GpuMemory = Annotated[str | None, BeforeValidator(_memory)]
 
 StringList = Annotated[list[str], ps.NoDecode, BeforeValidator(_split)]
 """A repeatable option, `--stop A --stop B`, each value taken literally; `LLORCH_STOP=A,B` or a JSON list."""
@@ -96,10 +108,16 @@ class ModelSettings(CommandSettings):
     parallel: int = Field(8, ge=1, le=4096, description="sequences that run together")
     chunk: int = Field(512, ge=1, description="most prompt tokens of one step")
     threads: int | None = Field(None, ge=1, description="CPU threads, the provider's choice by default")
+    gpu_memory: GpuMemory = Field(
+        None, description="most of the GPU's memory to take, 20GiB or 90%; the cache gets what weights leave"
+    )
+    prefill_weights: Literal["half"] | None = Field(
+        None, description="half: keep weights expanded beside the quantised ones, for faster prompts"
+    )
 
     def load_options(self) -> dict[str, Any]:
         """These settings as keywords of llorch.load, but for the model itself."""
-        names = ("provider", "device", "context", "cache_type", "parallel", "chunk", "threads")
+        names = ("provider", "device", "context", "cache_type", "parallel", "chunk", *DEVICE_OPTIONS)
         return {name: getattr(self, name) for name in names}
 
 

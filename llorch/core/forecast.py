@@ -104,7 +104,9 @@ class Forecaster:
             return
         longest = self.longest_context(one, cache_type, room.free)
         held = replace(limits, max_context=2)
-        if longest > 1:
+        if cache_tokens is not None and longest >= limits.max_context:
+            remedy = f"start with a smaller --cache-tokens; {limits.max_context}, one context, would fit"
+        elif longest > 1:
             remedy = f"start with --context {longest}, which would fit"
         else:
             remedy = f"no context fits, as all but the cache takes {shown(self.forecast(held, cache_type).total)}"
@@ -121,8 +123,7 @@ class Forecaster:
         binder = Binder(device, _stand_ins(self._provider.operations(), specs), self._provider.name)
         inputs = cast(Any, sizes.inputs(batch_shapes(limits, -(-limits.max_context // spec.block_size))))
         weights = {w.name: BoundWeight(None, w.type, w.shape) for w in self._weights}
-        layers = cast(Any, SimpleNamespace(layers=[None] * config.n_layers))
-        graph = Graph(binder, weights, limits, layers, spec, inputs, make_batch(inputs))
+        graph = Graph(binder, weights, limits, spec, inputs, make_batch(inputs))
         architecture(config).build(config, graph, self._factors)
         for k in CANDIDATES:
             if k <= config.vocab_size:

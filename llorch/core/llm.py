@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,8 @@ from llorch.core.runner import Runner
 from llorch.core.tokenizer import Tokenizer
 from llorch.errors import SettingsError, TokenizerError
 from llorch.providers import registry
-from llorch.providers.spec import Device, DeviceInfo, DeviceOptions
+from llorch.providers.memory_limit import MemoryLimit
+from llorch.providers.spec import Device, DeviceInfo, DeviceOptions, Provider
 
 DOWNLOAD_SHARE = 0.9  # of the progress that is reported
 OUTPUT_ROWS = 64  # rows of logits a step may give; more are computed in several steps
@@ -44,6 +46,8 @@ def load(
     parallel: int = 8,
     chunk: int = 512,
     threads: int | None = None,
+    gpu_memory: str | None = None,
+    prefill_weights: Literal["half"] | None = None,
     chat_template: str | Path | None = None,
     progress: Callable[[float, str], None] = lambda _fraction, _text: None,
 ) -> LLM:
@@ -53,13 +57,15 @@ def load(
     Face Hub: "hf:OWNER/REPO", ":FILE" or ":QUANT" behind it where the repository has several.
     `context`: tokens of one sequence, the model's own by default. `cache_type`: "f32" or "f16", the provider's default
     where None. `cache_tokens`: what the KV cache holds of all sequences together, by default `parallel` contexts, or
-    what half of the free memory holds where that is less. `prefix_cache`: prompts that begin alike share what is
-    computed of them. `parallel`: sequences that run together. `chunk`: most tokens of one step. `chat_template`: a
-    file, or the name of one of the model's templates, instead of the model's default. `progress` gets a fraction and
-    what is being done. Raises ModelError, ProviderError or SettingsError.
+    what the device has room for where that is less. `prefix_cache`: prompts that begin alike share what is computed of
+    them. `parallel`: sequences that run together. `chunk`: most tokens of one step. `gpu_memory`: the most to take,
+    "20GiB" or "90%". `prefill_weights`: "half" keeps halves beside quantised weights. A provider without these two
+    refuses them. `chat_template`: a file, or the name of one of the model's templates, instead of the model's default.
+    `progress` gets a fraction and what is being done. Raises ModelError, ProviderError or SettingsError.
     """
     start = time.perf_counter()
     chosen, why = registry.choose(provider)
+    options = _device_options(chosen, threads, gpu_memory, prefill_weights)
     stages = _Stages(progress)
     file = open_model(model, stages.download)
     opened: Device | None = None
@@ -74,7 +80,7 @@ def load(
             )
         limits = limits_of(config, context, parallel, chunk)
         chat = Chat.from_gguf(file, tokenizer, chat_template)
-        opened = chosen.open(device, DeviceOptions(threads=threads))
+        opened = chosen.open(device, options)
         Forecaster(file, config, chosen, opened).check(limits, cache_type, cache_tokens)
         weights = load_weights(file, config, opened, stages.load)
         bound = BoundModel(
@@ -109,6 +115,24 @@ class _Stages:
 
     def load(self, fraction: float, text: str) -> None:
         self._progress(self._done + (1 - self._done) * fraction, text)
+
+
+def _device_options(
+    provider: Provider, threads: int | None, gpu_memory: str | None, prefill_weights: Literal["half"] | None
+) -> DeviceOptions:
+    """Raises SettingsError for an option that the provider has not."""
+    try:
+        limit = None if gpu_memory is None else MemoryLimit.parse(gpu_memory)
+    except ValueError as error:
+        raise SettingsError(f"gpu_memory: {error}, not {gpu_memory!r}") from error
+    options = DeviceOptions(threads=threads, gpu_memory=limit, prefill_weights=prefill_weights)
+    for name in ("gpu_memory", "prefill_weights"):
+        if getattr(options, name) is not None and name not in getattr(provider, "options", ()):
+            raise SettingsError(
+                f"provider {provider.name} has no --{name.replace('_', '-')}: leave it out, or choose a provider that "
+                "has it with --provider"
+            )
+    return options
 
 
 def limits_of(config: ModelConfig, context: int | None, parallel: int, chunk: int) -> Limits:
@@ -157,6 +181,11 @@ class LLM:
     def context(self) -> int:
         """Tokens that one sequence may have, prompt and output together."""
         return self.limits.max_context
+
+    @property
+    def device(self) -> Device:
+        """The opened device, for measurements: its calls must take turns with this object's."""
+        return self._bound.device
 
     @property
     def device_info(self) -> DeviceInfo:

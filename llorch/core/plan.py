@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from llorch.core.binder import Binder
 from llorch.core.config import ModelConfig
+from llorch.errors import BindError
 from llorch.providers.spec import (
     AddRMSNormSpec,
     AddSpec,
@@ -59,6 +60,13 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class CacheLayer:
+    """Stands for a layer of the cache, which is allocated when all sites are bound."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
 class Site:
     kernel: Kernel
     args: tuple[Any, ...]
@@ -100,13 +108,13 @@ class Graph:
         binder: Binder,
         weights: Mapping[str, BoundWeight],
         limits: Limits,
-        cache: KVCache,
         cache_spec: CacheSpec,
         inputs: Inputs,
         batch: Batch,
     ) -> None:
         self._binder, self._weights, self._limits = binder, weights, limits
-        self._cache, self._cache_spec = cache, cache_spec
+        self._cache_spec = cache_spec
+        self.cache: KVCache  # set before the first plan: it takes the memory that binding leaves
         self.inputs, self.batch = inputs, batch
         self.body: list[Site] = []
         self.head: list[Site] = []
@@ -222,7 +230,7 @@ class Graph:
             window=config.window if config.window and config.window < self._limits.max_context else None,
             **site,
         )
-        self._add("attention", spec, out, q, k, v, self._cache.layers[site["layer"]], self.batch)
+        self._add("attention", spec, out, q, k, v, CacheLayer(site["layer"]), self.batch)
 
     def gate_up_swiglu(self, out: Buffer, x: Buffer, gate: str, up: str, label: str) -> None:
         spec = GateUpSwigluSpec(gate=self._matmul_spec(gate), up=self._matmul_spec(up), **self._site(label))
@@ -266,16 +274,28 @@ class Plans:
         plan = self._kept.get(key)
         if plan is None:
             counts = {"tokens": tokens, "outputs": outputs}
-            plan = [entry for site in sites for entry in self._entries(site, counts)]
+            plan = self._fused([entry for site in sites for entry in self._entries(site, counts)])
             self._kept[key] = plan
             if len(self._kept) > PLANS_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return plan
 
+    def _fused(self, plan: list[Entry]) -> list[Entry]:
+        """The plan as a device that can join neighbouring entries would run it."""
+        fuse: Callable[[Sequence[Entry]], Sequence[Entry]] | None = getattr(self._device, "fuse", None)
+        if fuse is None:
+            return plan
+        found = list(fuse(plan))
+        if [entry.outputs for entry in found] != [entry.outputs for entry in plan]:
+            raise BindError("the device's `fuse` gave entries with other outputs: it must keep each where it is")
+        return found
+
     def _entries(self, site: Site, counts: Mapping[str, int]) -> Iterator[Entry]:
         # The body's buffers come uncut to the head's gather: it reads any row of them.
         def cut(arg: Any) -> Any:
+            if isinstance(arg, CacheLayer):
+                return self._graph.cache.layers[arg.layer]
             if not isinstance(arg, Buffer):
                 return arg
             return self._device.rows(arg.tensor, counts[arg.rows]) if counts[arg.rows] else arg.tensor

@@ -1,6 +1,7 @@
 """The seam: everything a provider's author imports, and nothing else is public."""
 
 from llorch.errors import BindError, DeviceMemoryError, ProviderError, ProviderUnavailableError
+from llorch.providers.memory_limit import MemoryLimit
 from llorch.providers.spec import (
     ACCEPTED_API_VERSIONS,
     API_VERSION,
@@ -64,6 +65,7 @@ __all__ = [
     "MatmulGroupSpec",
     "MatmulSpec",
     "MemoryInfo",
+    "MemoryLimit",
     "MemoryNeed",
     "OpSpec",
     "Provider",

@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pluggy
 
+from llorch.providers.memory_limit import MemoryLimit
+
 API_VERSION = 1
 ACCEPTED_API_VERSIONS = range(1, API_VERSION + 1)  # new optional hooks and new spec fields with defaults don't bump it
 
@@ -352,17 +354,31 @@ class DeviceInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
-    """What a user may set about a device; a provider takes what concerns it."""
+    """What a user may set about a device. None: the provider's choice.
 
-    threads: int | None = None  # CPU threads; None: the provider's choice
+    A provider without threads passes over `threads`. The others it gets only where its attribute `options` names
+    them (`options = frozenset({"gpu_memory"})`): setting one of another provider is an error.
+    """
+
+    threads: int | None = None  # CPU threads
+    gpu_memory: MemoryLimit | None = None  # most of the device's memory to take
+    prefill_weights: Literal["half"] | None = None  # "half": weights of products lie expanded beside the quantised
 
 
 class Device(Protocol):
     """An opened device. One thread at a time calls it.
 
-    A device may also have `memory_need(weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) ->
-    MemoryNeed`: what these weights (whose data is not there yet), this cache and these call sites will take. It is
-    asked before anything is loaded, and may be asked often. Without it core counts weights and cache by their specs.
+    A device may also have
+
+    - `memory_need(weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed`: what these
+      weights (whose data is not there yet), this cache and these call sites will take. It is asked before anything is
+      loaded, and may be asked often. Without it core counts weights and cache by their specs.
+    - `cache_blocks(spec: CacheSpec) -> int`: how many of the spec.blocks blocks it has room for. It is asked when
+      weights, activations and scratch memory are allocated, just before `kv_cache`. Without it, core takes at most
+      half of the free memory for a cache whose size the user has not named.
+    - `fuse(entries)`: called with each finished plan, named tuples (kernel, args, outputs) that will always run one
+      right after another. Returns as many, with the same outputs, that together do the same: where a kernel can do a
+      part of its neighbour's work, such as rounding what it writes, both are replaced.
     """
 
     @property

@@ -41,6 +41,7 @@ SEAM = [
     "MatmulGroupSpec",
     "MatmulSpec",
     "MemoryInfo",
+    "MemoryLimit",
     "MemoryNeed",
     "OpSpec",
     "Provider",

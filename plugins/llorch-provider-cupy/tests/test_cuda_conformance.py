@@ -25,23 +25,29 @@ SELECTION = {
 }
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The emulated provider as an installed one, for the processes of these tests alone."""
-    folder = tmp_path_factory.mktemp("site")
-    info = folder / "cuda_emulated-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cuda-emulated\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[llorch.providers]\ncuda-emulated = emulator.provider:provider\n")
-    return folder
+PAIR = {
+    "operations and device": "test_device or ((test_add or embed or topk or rope or tied) and (Q8_0 or not matmul) "
+    "and not test_models and not gate_up and not test_attention)",
+    "models": "test_models and ((greedy_tokens_equal and (tied or F16)) or share_steps or guarded or another_thread)",
+}
 
 
 @pytest.mark.skipif(compiler() is None, reason=NO_COMPILER)
 @pytest.mark.parametrize("part", SELECTION)
 def test_the_suite_passes(site: Path, part: str) -> None:
+    run_suite(site, "cuda-emulated", SELECTION[part])
+
+
+@pytest.mark.skipif(compiler() is None, reason=NO_COMPILER)
+@pytest.mark.parametrize("part", PAIR)
+def test_the_suite_passes_over_two_cards(site: Path, part: str) -> None:
+    run_suite(site, "cuda-emulated-pair", PAIR[part])
+
+
+def run_suite(site: Path, provider: str, selection: str) -> None:
     path = os.pathsep.join([str(site), str(Path(__file__).parent)])
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=short"]
-    command += ["--pyargs", "llorch.providers.conformance", "--provider", "cuda-emulated", "-k", SELECTION[part]]
+    command += ["--pyargs", "llorch.providers.conformance", "--provider", provider, "-k", selection]
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +19,14 @@ from llorch.core.config import ModelConfig
 from llorch.core.forecast import Forecaster
 from llorch.core.llm import limits_of
 from llorch.core.model_files import open_model
+from llorch.core.plan import expand
 from llorch.core.runner import Chunk
 from llorch.errors import DeviceMemoryError, ProviderUnavailableError
-from llorch.providers import CacheSpec, MatmulSpec, registry
+from llorch.providers import MatmulSpec, RMSNormSpec, Step, registry
 from llorch.providers.conformance import oracle
 from llorch.providers.conformance.models import TinyModel, write_model
 from llorch.providers.conformance.rig import ROUNDED, Rig, compare
-from llorch.providers.conformance.weights import random_weight, values_of
+from llorch.providers.conformance.weights import random_weight, values_of, vector
 
 
 def test_a_captured_decode_step_equals_the_plain_one(
@@ -43,15 +47,6 @@ def test_a_captured_decode_step_equals_the_plain_one(
     np.testing.assert_array_equal(*logits)
 
 
-def test_a_cache_that_does_not_fit_says_which_context_would(device: CudaDevice) -> None:
-    small = CudaDevice(HostRuntime(1 << 20), INFO)
-    spec = CacheSpec(layers=4, kv_heads=2, head_dim=64, block_size=32, blocks=1000, dtype="f16")
-    with pytest.raises(DeviceMemoryError, match=r"31968 tokens needs .* are free .*: 480 tokens would fit"):
-        small.kv_cache(spec)
-    blocks = 480 // 32 + 1
-    small.kv_cache(CacheSpec(layers=4, kv_heads=2, head_dim=64, block_size=32, blocks=blocks, dtype="f16"))
-
-
 def test_weights_that_do_not_fit_are_refused_before_they_are_uploaded(device: CudaDevice) -> None:
     small = CudaDevice(HostRuntime(1 << 20), INFO)
     weight = random_weight(np.random.default_rng(0), "Q8_0", 2048, 1024, frozenset({"matmul"}))
@@ -59,6 +54,136 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_uploaded(device: Cu
         small.expect([weight])
     with pytest.raises(DeviceMemoryError, match=r"activations needs 4\.0 MiB more on emulated card, 1\.0 of 1\.0 MiB"):
         small.empty((1 << 20,), "float32")
+
+
+@pytest.fixture(scope="module")
+def q4_0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(TinyModel(type="Q4_0", seed=25), tmp_path_factory.mktemp("models") / "model.gguf")
+
+
+@pytest.fixture
+def load(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> Callable[..., llorch.LLM]:
+    def load(path: Path, **settings: Any) -> llorch.LLM:
+        monkeypatch.setattr(registry, "choose", lambda _name: (EmulatedProvider(), "the emulated card"))
+        return llorch.load(path, **settings)
+
+    return load
+
+
+def free(llm: llorch.LLM) -> int:
+    found: int = llm._bound.device.memory().free  # type: ignore[attr-defined]
+    return found
+
+
+def test_the_cache_takes_what_the_limit_leaves(load: Any, q4_0: Path) -> None:
+    with load(q4_0, parallel=64) as llm:
+        expected, whole = llm.generate_ids([1, 50, 100, 200, 7], max_tokens=8), llm._bound.cache_spec
+        without_cache = HostRuntime().total - free(llm) - whole.nbytes
+    limit = without_cache + whole.nbytes // 2
+    with load(q4_0, parallel=64, gpu_memory=f"{limit / 2**20:.3f}MiB") as llm:
+        spec = llm._bound.cache_spec
+        assert whole.blocks // 2 - 1 <= spec.blocks <= whole.blocks // 2
+        assert any(f"{(spec.blocks - 1) * 32} tokens in" in line for line in llm.start_lines)
+        assert free(llm) >= 0
+        assert llm.generate_ids([1, 50, 100, 200, 7], max_tokens=8) == expected
+
+
+def test_a_context_that_does_not_fit_the_limit_is_refused_with_the_one_that_does(load: Any, q4_0: Path) -> None:
+    with load(q4_0, parallel=1) as llm:
+        used, context = HostRuntime().total - free(llm), llm.context
+    message = rf"context of {context} tokens needs .* of cache on emulated:0 .*: start with --context (\d+)"
+    with pytest.raises(DeviceMemoryError, match=message) as error:
+        load(q4_0, parallel=1, gpu_memory=f"{(used - (1 << 14)) / 2**20:.3f}MiB")
+    fits = re.search(r"--context (\d+)", str(error.value))
+    assert fits is not None
+    with load(q4_0, parallel=1, context=int(fits[1]), gpu_memory=f"{(used - (1 << 14)) / 2**20:.3f}MiB") as llm:
+        assert llm.context == int(fits[1]) < context
+
+
+def test_a_limit_below_the_weights_is_refused(load: Any, q4_0: Path) -> None:
+    with pytest.raises(DeviceMemoryError, match=r"weights take .* are free, and no context would fit"):
+        load(q4_0, gpu_memory="0.1MiB")
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q6_K"])
+def test_halves_beside_the_weights_give_the_same_products(device: CudaDevice, kind: str) -> None:
+    both = CudaDevice(HostRuntime(), INFO, halves=True)
+    rng, results = np.random.default_rng(5), []
+    host, x = random_weight(rng, kind, 257, 256, frozenset({"matmul"})), rng.standard_normal((9, 256), np.float32)
+    for opened in (device, both):
+        rig = Rig(EmulatedProvider(), opened)
+        spec = MatmulSpec(max_tokens=16, rows=257, cols=256, type=kind)
+        kernel, out, w, device_x = rig.bind("matmul", spec), rig.output(9, 257), opened.weight(host), rig.tensor(x)
+        opened.runtime.launched.clear()
+        results += rig.call(kernel, [out], lambda k=kernel, o=out, w=w, x=device_x: k(o.tensor, x, w, None))
+        ran = [name.split()[0] for name in opened.runtime.launched]
+        assert ("to_half_values" in ran) == (opened is device)
+    np.testing.assert_array_equal(*results)
+
+
+def test_halves_that_do_not_fit_are_refused_with_both_numbers(device: CudaDevice) -> None:
+    weight = random_weight(np.random.default_rng(0), "Q4_0", 2048, 1024, frozenset({"matmul"}))
+    need = 2048 * 1024 * 18 // 32
+    tight = CudaDevice(HostRuntime(need + (1 << 20)), INFO, halves=True)
+    with pytest.raises(
+        DeviceMemoryError, match=r"halves 0\.00 GiB on .* are free: start without --prefill-weights half"
+    ):
+        tight.expect([weight])
+    assert "halves" not in CudaDevice(HostRuntime(need + (1 << 20)), INFO).expect([weight])
+    assert "halves beside" in CudaDevice(HostRuntime(need + (5 << 20)), INFO, halves=True).expect([weight])
+
+
+def test_a_model_with_halves_beside_its_weights_gives_its_tokens(load: Any, q4_0: Path) -> None:
+    prompt = [1, *range(20, 50)]
+    with load(q4_0, parallel=1) as llm:
+        expected, before = llm.logits(prompt), free(llm)
+    with load(q4_0, parallel=1, prefill_weights="half") as llm:
+        np.testing.assert_array_equal(llm.logits(prompt), expected)
+        assert before - free(llm) > 1 << 20
+        assert any("halves beside" in line for line in llm.start_lines)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_norms_round_for_the_product_behind_them(
+    load: Any, q4_0: Path, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, launches = [], []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(CudaDevice, "fuse", lambda _self, entries: entries)
+        with load(q4_0, parallel=1) as llm:
+            chunk = Chunk([5, 6, 7][:tokens], 0, [1], outputs=tokens)
+            llm.runner.logits([chunk])
+            llm.device.runtime.launched.clear()
+            logits.append(llm.runner.logits([chunk]).copy())
+            launches.append([name.split()[0] for name in llm.device.runtime.launched])
+    np.testing.assert_array_equal(*logits)
+    layers = TinyModel().layers
+    # before attn_output and ffn_down; unfused also before q, k, v, before gate and up, and before the logits
+    assert [found.count("round_rows") for found in launches] == [2 * layers, 4 * layers + 1]
+
+
+def test_only_neighbours_that_share_a_tensor_are_fused(device: CudaDevice) -> None:
+    rig, rng = Rig(EmulatedProvider(), device), np.random.default_rng(5)
+    norm_spec, spec = (
+        RMSNormSpec(max_tokens=2, dim=64, eps=1e-5),
+        MatmulSpec(max_tokens=2, rows=8, cols=64, type="Q8_0"),
+    )
+    weight = device.weight(random_weight(rng, "Q8_0", 8, 64, frozenset({"matmul"})))
+    gain = device.weight(vector("norm", np.ones(64, np.float32)))
+    norm, product = rig.bind("rmsnorm", norm_spec), rig.bind("matmul", spec)
+    x, h, other, out = (device.empty((2, n), "float32") for n in (64, 64, 64, 8))
+    first, again = Step(norm, (h, x, gain), norm_spec), Step(norm, (other, x, gain), norm_spec)
+    matmul = Step(product, (out, h, weight, None), spec)
+
+    def rounded(*steps: Step) -> list[bool]:
+        plan = [entry for step in steps for entry in expand(step)]
+        return [fused.kernel is not entry.kernel for fused, entry in zip(device.fuse(plan), plan, strict=True)]
+
+    assert rounded(first, matmul) == [True, True]
+    assert rounded(first, again, matmul) == [False, False, False]  # `again` could have written over the rounded h
+    assert rounded(again, matmul) == [False, False]
+    assert rounded(matmul, first) == [False, False]
 
 
 @pytest.mark.parametrize("kind", FORMATS)

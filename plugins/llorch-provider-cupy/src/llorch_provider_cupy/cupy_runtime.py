@@ -12,13 +12,16 @@ import numpy as np
 import numpy.typing as npt
 from cupy.cuda import runtime as cuda
 
-from llorch.providers import ProviderError
+from llorch.providers import DeviceMemoryError, MemoryLimit, ProviderError
 from llorch_provider_cupy.compiler import Binaries, Nvrtc, cuda_library
 from llorch_provider_cupy.cublas import Cublas, workspace_bytes
 from llorch_provider_cupy.programs import Program
 from llorch_provider_cupy.runtime import Gemm, Properties
 
 SENDS_IN_FLIGHT = 4
+OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, which CuPy 14 has no name for
+PIECE = 2 << 20  # of cudaMalloc: the granularity that cuMemGetAllocationGranularity gives on all cards since Pascal
+OUTSIDE_OF_THE_POOL = 256 << 20  # bytes left for modules and graphs, a guess: what they take has not been measured
 _current = threading.local()  # the runtime whose device and stream CUDA and CuPy hold for this thread
 
 
@@ -31,19 +34,20 @@ class CupyAllocation:
 
 
 class CupyRuntime:
-    def __init__(self, number: int, limit: int | None = None) -> None:
-        """`limit`: the most bytes of the card's memory to take."""
-        self._device, self._limit = cupy.cuda.Device(number), limit
+    def __init__(self, number: int, limit: MemoryLimit | None = None) -> None:
+        """`limit`: the most of the card's memory to take; CUDA itself, its graphs and modules come on top."""
+        self._device = cupy.cuda.Device(number)
         self._device.use()
+        self._limit = None if limit is None else limit.of(cuda.memGetInfo()[1])
         _current.runtime = self
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._stream.use()
         self._pool = cupy.cuda.MemoryPool()
-        if limit is not None:
-            self._pool.set_limit(size=limit)
+        if self._limit is not None:
+            self._pool.set_limit(size=self._limit)
         found = cuda.getDeviceProperties(number)
         capability = int(found["major"]), int(found["minor"])
-        self.properties = Properties(found["name"].decode(), capability, int(found["multiProcessorCount"]))
+        self.properties = Properties(found["name"].decode(), capability, int(found["multiProcessorCount"]), PIECE)
         self._binaries = Binaries(Nvrtc(cuda_library("nvrtc")))
         self._modules: dict[Program, Any] = {}
         self._staging: dict[int, _Staging] = {}
@@ -84,6 +88,18 @@ class CupyRuntime:
         with self._checked():
             cuda.memcpyAsync(target, source, nbytes, cuda.memcpyDeviceToDevice, self._stream.ptr)
 
+    def transfer(self, other: CupyRuntime, target: int, source: int, nbytes: int) -> None:
+        with other._checked():
+            ready = cupy.cuda.Event(disable_timing=True)
+            ready.record(other._stream)
+        with self._checked():
+            self._stream.wait_event(ready)
+            cuda.memcpyPeerAsync(target, other._device.id, source, self._device.id, nbytes, self._stream.ptr)
+            done = cupy.cuda.Event(disable_timing=True)
+            done.record(self._stream)
+        with other._checked():
+            other._stream.wait_event(done)
+
     @contextmanager
     def _checked(self) -> Iterator[None]:
         """CUDA's errors, which may be those of kernels that were enqueued before, as errors of this provider."""
@@ -91,6 +107,13 @@ class CupyRuntime:
         try:
             yield
         except cuda.CUDARuntimeError as error:
+            if error.status == OUT_OF_MEMORY:
+                total, free = self.memory()
+                raise DeviceMemoryError(
+                    f"CUDA itself is out of memory on {self.properties.name} ({error}): {free / 2**20:,.0f} of "
+                    f"{total / 2**20:,.0f} MiB are free for llorch: start with --gpu-memory and less than "
+                    f"{(total - free) / 2**30:.1f}GiB, which leaves more to others"
+                ) from error
             raise ProviderError(f"cupy-cuda: {self.properties.name} reports {error}: restart llorch") from error
 
     # ---- work ----
@@ -112,13 +135,13 @@ class CupyRuntime:
         self._cublas.gemm(product)
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        self._enter()
-        self._stream.begin_capture()
-        try:
-            run()
-        finally:
-            graph = self._stream.end_capture()  # a capture that fails is ended too, or the stream stays unusable
-        graph.upload(self._stream)
+        with self._checked():
+            self._stream.begin_capture()
+            try:
+                run()
+            finally:
+                graph = self._stream.end_capture()  # a capture that fails is ended too, or the stream stays unusable
+            graph.upload(self._stream)
 
         def replay() -> None:
             self._enter()
@@ -126,12 +149,23 @@ class CupyRuntime:
 
         return replay
 
+    def mark(self) -> Any:
+        self._enter()
+        event = cupy.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def seconds(self, first: Any, second: Any) -> float:
+        with self._checked():
+            second.synchronize()
+            return float(cupy.cuda.get_elapsed_time(first, second)) / 1e3
+
     # ---- memory ----
 
     def memory(self) -> tuple[int, int]:
         self._enter()
         free, total = cuda.memGetInfo()
-        free += self._pool.free_bytes()
+        free = max(0, free - OUTSIDE_OF_THE_POOL) + self._pool.free_bytes()
         if self._limit is not None:
             total, free = min(total, self._limit), min(free, self._limit - self._pool.used_bytes())
         return total, max(0, free)

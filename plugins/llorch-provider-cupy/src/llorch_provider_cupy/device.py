@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llorch.providers import CacheSpec, DeviceInfo, DeviceMemoryError, HostWeight, MemoryInfo, MemoryNeed, OpSpec
+from llorch_provider_cupy import programs
 from llorch_provider_cupy.formats import FORMATS, LARGEST_HALF, UNIT
-from llorch_provider_cupy.launches import Function
-from llorch_provider_cupy.memory import Inputs, KVCache, Memory, Tensor, Weight, cache_block_bytes
+from llorch_provider_cupy.launches import FLAT_THREADS, Function, Work, blocks, fuse, i32
+from llorch_provider_cupy.memory import Inputs, KVCache, Memory, Tensor, Weight, blocks_that_fit, cache_block_bytes
 from llorch_provider_cupy.programs import Program
 from llorch_provider_cupy.runtime import Allocation, Plain, Runtime
 
 CAPTURE_SIZES = (1, 2, 4, 8, 16, 32, 64)  # tokens of a decode step
+MOST_BLOCKS = 65535  # of a launch along y
+NATIVE: Mapping[str, Plain] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # weights that lie as cuBLAS takes them
 
 
 class CudaDevice:
@@ -30,8 +34,9 @@ class CudaDevice:
     block_sizes = (32, 16, 64)
     capture_sizes = CAPTURE_SIZES
 
-    def __init__(self, runtime: Runtime, info: DeviceInfo) -> None:
-        self.runtime, self.info = runtime, info
+    def __init__(self, runtime: Runtime, info: DeviceInfo, *, halves: bool = False) -> None:
+        """`halves`: weights of products are kept as halves too, for products of many tokens."""
+        self.runtime, self.info, self._halves = runtime, info, halves
         self.properties = runtime.properties
         self._memory = Memory(runtime)
         self._functions: dict[tuple[Program, str], Function] = {}
@@ -65,6 +70,19 @@ class CudaDevice:
             self._turns[frequencies] = self._filled(turns, "RoPE frequencies")
         return self._turns[frequencies]
 
+    def expand(self, weight: Weight, kind: Plain, target: int, first: int, count: int) -> list[Work]:
+        """Writes rows `first` .. first + count - 1 of a matrix as plain values, of whole units of columns a row."""
+        rows, cols = weight.shape
+        width, units = padded_columns(cols), padded_columns(cols) // UNIT
+        name = "to_floats" if kind == "f32" else "to_half_values"
+        launch = self.function(programs.products(weight.type), name, FLAT_THREADS)
+        works = []
+        for start in range(0, count, MOST_BLOCKS):
+            grid = (blocks(width // 8, FLAT_THREADS), min(MOST_BLOCKS, count - start))
+            at = target + start * width * (4 if kind == "f32" else 2)
+            works.append(launch.work(grid, at, weight.address, i32(rows), i32(units), i32(first + start)))
+        return works
+
     def _filled(self, host: npt.NDArray[Any], what: str) -> Allocation:
         allocation = self._memory.allocate(host.nbytes, what)
         self.runtime.upload(allocation.address, np.ascontiguousarray(host))
@@ -74,14 +92,37 @@ class CudaDevice:
 
     def expect(self, weights: Sequence[HostWeight]) -> str:
         """Raises DeviceMemoryError before anything is uploaded where the weights cannot fit."""
-        need = sum(self._size(weight) for weight in weights)
-        free = self.memory().free
+        need, free = sum(map(self._size, weights)), self.memory().free
+        halves = sum(map(self._half_bytes, weights))
+        where = f"on {self.info.description}, {free / 2**30:.2f} GiB are free"
         if need > free:
             raise DeviceMemoryError(
-                f"the weights take {need / 2**30:.2f} GiB on {self.info.description}, {free / 2**30:.2f} GiB are free: "
-                "use a more strongly quantised model or a card with more memory"
+                f"the weights take {need / 2**30:.2f} GiB {where}, and no context would fit: use a more strongly "
+                "quantised model, a card with more memory, or several (--device cuda:0,1)"
             )
-        return f"weights: {need / 2**30:.2f} GiB, quantised as in the file, scales apart from quants"
+        if need + halves > free:
+            raise DeviceMemoryError(
+                f"the weights take {need / 2**30:.2f} GiB and their halves {halves / 2**30:.2f} GiB {where}: "
+                "start without --prefill-weights half"
+            )
+        beside = f", and {halves / 2**30:.2f} GiB of halves beside them" if self._halves else ""
+        return f"weights: {need / 2**30:.2f} GiB, quantised as in the file, scales apart from quants{beside}"
+
+    def bytes_of(self, weight: HostWeight) -> int:
+        """What a weight takes here, at most."""
+        return self._size(weight) + self._half_bytes(weight)
+
+    def _half_bytes(self, weight: HostWeight) -> int:
+        """What a matrix takes as halves beside itself: at most, as one with larger values gets none."""
+        if not self._halves or "matmul" not in weight.uses or weight.type in ("F16", "F32"):
+            return 0
+        if weight.type == "BF16" and self._multiplies_brains:
+            return 0
+        return 2 * weight.shape[0] * padded_columns(weight.shape[1])
+
+    @property
+    def _multiplies_brains(self) -> bool:
+        return self.properties.compute_capability >= (8, 0)
 
     def _size(self, weight: HostWeight) -> int:
         return FORMATS[weight.type].nbytes(weight.shape) if len(weight.shape) == 2 else weight.nbytes
@@ -104,13 +145,18 @@ class CudaDevice:
         allocation = self._memory.allocate(nbytes, host_weight.name)
         for offset, piece in form.repacked(host_weight):
             self.runtime.upload(allocation.address + offset, piece)
-        return Weight(allocation, host_weight.type, host_weight.shape, nbytes, self._kind(host_weight))
+        found = Weight(allocation, host_weight.type, host_weight.shape, nbytes, self._kind(host_weight))
+        if found.kind == "f16" and (half_bytes := self._half_bytes(host_weight)):
+            found = replace(found, halves=self._memory.allocate(half_bytes, f"{host_weight.name} as halves"))
+            for work in self.expand(found, "f16", found.halves.address, 0, found.shape[0]):
+                work()
+        return found
 
     def _kind(self, weight: HostWeight) -> Plain:
         """The type that loses nothing to speak of: halves, but where a value is beyond them."""
         if weight.type == "F16":
             return "f16"
-        if weight.type == "BF16" and self.properties.compute_capability >= (8, 0):
+        if weight.type == "BF16" and self._multiplies_brains:
             return "bf16"
         if weight.type == "F32" or FORMATS[weight.type].largest_value(weight) > LARGEST_HALF:
             return "f32"
@@ -127,11 +173,15 @@ class CudaDevice:
     def rows(self, tensor: Tensor, n: int) -> Tensor:
         return tensor.rows(n)
 
+    def cache_blocks(self, spec: CacheSpec) -> int:
+        """How many of the spec's blocks there is room for."""
+        return blocks_that_fit(spec, self.memory().free, self.properties.piece)
+
     def kv_cache(self, spec: CacheSpec) -> KVCache:
         """Raises DeviceMemoryError with the context that would fit."""
         need, free = spec.blocks * spec.layers * cache_block_bytes(spec), self.memory().free
         if need > free:
-            fit = max(0, free // (spec.layers * cache_block_bytes(spec)) - 1) * spec.block_size
+            fit = max(0, blocks_that_fit(spec, free, self.properties.piece) - 1) * spec.block_size
             tokens = (spec.blocks - 1) * spec.block_size
             raise DeviceMemoryError(
                 f"a KV cache of {tokens} tokens needs {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on "
@@ -161,6 +211,9 @@ class CudaDevice:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         return self.runtime.record(run)
+
+    def fuse(self, entries: Sequence[Any]) -> Sequence[Any]:
+        return fuse(entries)
 
     def memory(self) -> MemoryInfo:
         total, free = self.runtime.memory()

@@ -7,7 +7,9 @@ A site says, for the tensors of a call, what is to be enqueued (`works`). Called
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -17,6 +19,7 @@ from llorch_provider_cupy.programs import Program
 
 if TYPE_CHECKING:
     from llorch_provider_cupy.device import CudaDevice
+    from llorch_provider_cupy.memory import Tensor
 
 Work: TypeAlias = Callable[[], None]
 
@@ -24,10 +27,23 @@ FLAT_THREADS, ROW_THREADS = 256, 512  # as kernels/rows.cu has them
 
 
 class Site:
-    """A kernel of the contract."""
+    """A kernel of the contract.
 
-    def __init__(self, device: CudaDevice, spec: OpSpec, works: Callable[..., Sequence[Work]]) -> None:
+    `gives(*args)`: the tensor that it can round for a product as well as write; `takes(*args)`: the one that it rounds
+    first, None where it rounds none. Such a site's works take `rounded=True`, and do (or leave out) the rounding.
+    """
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        spec: OpSpec,
+        works: Callable[..., Sequence[Work]],
+        *,
+        gives: Callable[..., Tensor | None] | None = None,
+        takes: Callable[..., Tensor | None] | None = None,
+    ) -> None:
         self._device, self._spec, self._works = device, spec, works
+        self.gives, self.takes = gives, takes
 
     def __call__(self, *args: Any) -> None:
         for work in self._works(*args):
@@ -35,14 +51,46 @@ class Site:
 
     def steps(self, *args: Any) -> Sequence[Step]:
         """The work prepared, as one step that carries the site's spec: what it writes is there after it."""
-        works, kept = tuple(self._works(*args)), (args, self._device.scratches())
+        return [Step(self.prepared(args), (), self._spec)]
 
-        def run() -> None:
-            for work in works:
-                work()
+    def prepared(self, args: tuple[Any, ...], **variant: bool) -> Prepared:
+        works = tuple(self._works(*args, **variant))
+        return Prepared(self, args, works, self._device.scratches())
 
-        run.kept = kept  # type: ignore[attr-defined]  # addresses do not keep memory alive
-        return [Step(run, (), self._spec)]
+
+@dataclass(frozen=True)
+class Prepared:
+    """The work of a site for the tensors of a plan. Addresses do not keep memory alive, so it does."""
+
+    site: Site
+    args: tuple[Any, ...]
+    works: tuple[Work, ...]
+    scratches: tuple[Any, ...]
+
+    def __call__(self) -> None:
+        for work in self.works:
+            work()
+
+    @property
+    def gives(self) -> Tensor | None:
+        return None if self.site.gives is None else self.site.gives(*self.args)
+
+    @property
+    def takes(self) -> Tensor | None:
+        return None if self.site.takes is None else self.site.takes(*self.args)
+
+    def rounded(self) -> Prepared:
+        return self.site.prepared(self.args, rounded=True)
+
+
+def fuse(entries: Sequence[Any]) -> list[Any]:
+    """A plan whose norms round what the product right behind them takes: nothing comes between the two."""
+    found = list(entries)
+    for i, (first, second) in enumerate(itertools.pairwise(entries)):
+        a, b = first.kernel, second.kernel
+        if isinstance(a, Prepared) and isinstance(b, Prepared) and a.gives is not None and a.gives == b.takes:
+            found[i], found[i + 1] = first._replace(kernel=a.rounded()), second._replace(kernel=b.rounded())
+    return found
 
 
 class Function:

@@ -30,8 +30,8 @@ class Memory:
             total, free = self._runtime.memory()
             raise DeviceMemoryError(
                 f"{what} needs {nbytes / 2**20:,.1f} MiB more on {self._runtime.properties.name}, "
-                f"{free / 2**20:,.1f} of {total / 2**20:,.1f} MiB are free: use a smaller --context or --parallel, "
-                "or a more strongly quantised model"
+                f"{free / 2**20:,.1f} of {total / 2**20:,.1f} MiB are free: use a smaller --chunk, --context or "
+                "--parallel, or a more strongly quantised model"
             ) from error
         self._allocated.add(found)
         return found
@@ -67,6 +67,7 @@ class Weight:
     shape: tuple[int, ...]
     nbytes: int
     kind: Plain  # what it is multiplied as on tensor cores
+    halves: Allocation | None = None  # the same values, [rows][whole units of columns]
 
     @property
     def address(self) -> int:
@@ -80,17 +81,18 @@ class Inputs:
         self._runtime = runtime
         sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
         ends = np.cumsum(list(sizes.values())).tolist()
-        self._all = np.zeros(ends[-1], np.int32)
-        self._allocation = memory.allocate(self._all.nbytes, "the inputs of a step")
+        self.everything = np.zeros(ends[-1], np.int32)
+        self._allocation = memory.allocate(self.everything.nbytes, "the inputs of a step")
         self.host: dict[str, npt.NDArray[np.int32]] = {}
         self.device: dict[str, Tensor] = {}
         for (name, shape), end in zip(shapes.items(), ends, strict=True):
             start = end - sizes[name]
-            self.host[name] = self._all[start:end].reshape(shape)
+            self.host[name] = self.everything[start:end].reshape(shape)
             self.device[name] = Tensor(self._allocation, tuple(shape), np.dtype(np.int32), 4 * start)
 
-    def upload(self) -> None:
-        self._runtime.send(self._allocation.address, self._all)
+    def upload(self, everything: npt.NDArray[np.int32] | None = None) -> None:
+        """`everything`: the host array of inputs of the same shapes, to be sent instead."""
+        self._runtime.send(self._allocation.address, self.everything if everything is None else everything)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,12 @@ class LayerCache:
 
     keys: Allocation
     values: Allocation
+
+
+def blocks_that_fit(spec: CacheSpec, free: int, piece: int) -> int:
+    """Blocks of such a cache for which this many bytes are enough, where memory comes in pieces of `piece` bytes."""
+    each = free // (2 * spec.layers) // piece * piece  # keys and values of a layer are allocated apart
+    return min(spec.blocks, each // (cache_block_bytes(spec) // 2))
 
 
 def padded_dim(head_dim: int) -> int:

@@ -51,11 +51,17 @@ class CudaOps:
 
     @hookimpl
     def rmsnorm(self, device: CudaDevice, spec: RMSNormSpec) -> Kernel:
-        return Site(device, spec, lambda out, x, weight: (_rmsnorm(device, spec, out, x, None, weight),))
+        def works(out: Tensor, x: Tensor, weight: Weight, *, rounded: bool = False) -> Sequence[Work]:
+            return (_rmsnorm(device, spec, out, x, None, weight, rounded),)
+
+        return Site(device, spec, works, gives=_few_rows)
 
     @hookimpl
     def add_rmsnorm(self, device: CudaDevice, spec: AddRMSNormSpec) -> Kernel:
-        return Site(device, spec, lambda out, x, y, weight: (_rmsnorm(device, spec.norm, out, x, y, weight),))
+        def works(out: Tensor, x: Tensor, y: Tensor, weight: Weight, *, rounded: bool = False) -> Sequence[Work]:
+            return (_rmsnorm(device, spec.norm, out, x, y, weight, rounded),)
+
+        return Site(device, spec, works, gives=_few_rows)
 
     @hookimpl
     def matmul(self, device: CudaDevice, spec: MatmulSpec) -> Kernel:
@@ -115,8 +121,16 @@ def _row_function(device: CudaDevice, name: str, threads: int) -> Function:
     return device.function(programs.program("rows"), name, threads)
 
 
-def _rmsnorm(device: CudaDevice, spec: RMSNormSpec, out: Tensor, x: Tensor, y: Tensor | None, weight: Weight) -> Work:
-    pointers = (out.address, x.address, 0 if y is None else y.address, weight.address, 0, 0)
+def _few_rows(out: Tensor, *_args: Any) -> Tensor | None:
+    """What a norm writes, where the product behind it would round it."""
+    return out if out.shape[0] <= products.MOST_TOKENS else None
+
+
+def _rmsnorm(
+    device: CudaDevice, spec: RMSNormSpec, out: Tensor, x: Tensor, y: Tensor | None, weight: Weight, rounded: bool
+) -> Work:
+    twin = products.rounded_twin(device) if rounded else (0, 0)
+    pointers = (out.address, x.address, 0 if y is None else y.address, weight.address, *twin)
     launch = _row_function(device, "rmsnorm", ROW_THREADS)
     return launch.work((out.shape[0],), *pointers, i32(spec.dim), f32(spec.eps))
 

@@ -4,13 +4,14 @@ more cuBLAS, over the weights' values in a plain type that tensor cores take.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 from llorch.providers import GateUpSwigluSpec, Kernel, MatmulGroupSpec, MatmulSpec
 from llorch_provider_cupy import programs
-from llorch_provider_cupy.device import CudaDevice, padded_columns
+from llorch_provider_cupy.device import NATIVE, CudaDevice, padded_columns
 from llorch_provider_cupy.formats import UNIT
 from llorch_provider_cupy.launches import FLAT_THREADS, ROW_THREADS, Site, Work, blocks, i32
 from llorch_provider_cupy.memory import Tensor, Weight
@@ -22,12 +23,16 @@ ROWS_PER_WARP = {1: 1, 2: 2, 4: 2, 8: 2}  # as kernels/products.cu has them
 PRODUCT_THREADS, PRODUCT_WARPS = 128, 4
 PARTS = 3  # products of a launch
 SLAB_BYTES = 128 << 20  # of a weight's values at once, beside the weight itself
-NATIVE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # weights that lie as cuBLAS takes them
 ROUNDED_BYTES = 16  # of a unit's scale and sums
 
 
 def _address(weight: Weight | None) -> int:
     return 0 if weight is None else weight.address
+
+
+def rounded_twin(device: CudaDevice) -> tuple[int, int]:
+    """Where the rounded activations of the next product lie: numbers, and each unit's scale and sums."""
+    return device.scratch("numbers").address, device.scratch("rounded").address
 
 
 class Products:
@@ -56,10 +61,11 @@ class Products:
         tokens, cols = x.shape
         launch = self._device.function(programs.program("rows"), "round_rows", FLAT_THREADS)
         grid = (blocks(self._units, FLAT_THREADS // 32), tokens)
-        return [launch.work(grid, *self._numbers(), x.address, i32(cols), i32(self._units))]
+        return [launch.work(grid, *rounded_twin(self._device), x.address, i32(cols), i32(self._units))]
 
-    def _numbers(self) -> tuple[int, int]:
-        return self._device.scratch("numbers").address, self._device.scratch("rounded").address
+    def takes(self, x: Tensor) -> Tensor | None:
+        """x where it is rounded before this product."""
+        return None if self._plain or x.shape[0] > MOST_TOKENS else x
 
     def few(self, x: Tensor, parts: Sequence[tuple[Tensor, Weight, Weight | None]]) -> list[Work]:
         """Products of up to PARTS weights in one launch."""
@@ -85,7 +91,7 @@ class Products:
         return [launch.work(grid, *self._x(x), *pointers, i32(rows))]
 
     def _x(self, x: Tensor) -> tuple[Any, ...]:
-        pointers = (x.address,) if self._plain else self._numbers()
+        pointers = (x.address,) if self._plain else rounded_twin(self._device)
         return (*pointers, i32(x.shape[0]), i32(self._spec.cols), i32(self._units))
 
     # ---- many tokens ----
@@ -111,15 +117,14 @@ class Products:
         product = Gemm(w.kind, out, rows, source, x_stride, w.address, stride, tokens, rows, cols)
         if NATIVE.get(w.type) == w.kind:
             return [functools.partial(self._device.runtime.gemm, product)]
-        values, width = self._device.scratch("values"), PLAIN_BYTES[w.kind]
-        name = "to_floats" if w.kind == "f32" else "to_half_values"
-        launch = self._device.function(self._program, name, FLAT_THREADS)
+        if w.kind == "f16" and w.halves is not None:
+            return [functools.partial(self._device.runtime.gemm, product._replace(w=w.halves.address))]
+        values = self._device.scratch("values")
         works: list[Work] = []
-        slab = min(values.nbytes // (stride * width), 65535)  # the most blocks along y
+        slab = values.nbytes // (stride * PLAIN_BYTES[w.kind])
         for first in range(0, rows, slab):
             count = min(slab, rows - first)
-            grid = (blocks(stride // 8, FLAT_THREADS), count)
-            works.append(launch.work(grid, values.address, w.address, i32(rows), i32(self._units), i32(first)))
+            works += self._device.expand(w, w.kind, values.address, first, count)
             part = product._replace(out=out + 4 * first, w=values.address, rows=count)
             works.append(functools.partial(self._device.runtime.gemm, part))
         return works
@@ -137,12 +142,12 @@ class Products:
 def matmul(device: CudaDevice, spec: MatmulSpec) -> Kernel:
     product = Products(device, spec)
 
-    def works(out: Tensor, x: Tensor, w: Weight, bias: Weight | None) -> list[Work]:
+    def works(out: Tensor, x: Tensor, w: Weight, bias: Weight | None, *, rounded: bool = False) -> list[Work]:
         if x.shape[0] <= MOST_TOKENS:
-            return product.prepare(x) + product.few(x, [(out, w, bias)])
+            return ([] if rounded else product.prepare(x)) + product.few(x, [(out, w, bias)])
         return product.convert(x, w.kind) + product.many(out.address, x, w) + product.finish(out, w.kind, bias)
 
-    return Site(device, spec, works)
+    return Site(device, spec, works, takes=lambda _out, x, *_weights: product.takes(x))
 
 
 def matmul_group(device: CudaDevice, spec: MatmulGroupSpec) -> Kernel:
@@ -150,20 +155,22 @@ def matmul_group(device: CudaDevice, spec: MatmulGroupSpec) -> Kernel:
     products = {part.type: Products(device, part) for part in spec.parts}
     n = len(spec.parts)
 
-    def works(*args: Any) -> list[Work]:
+    def works(*args: Any, rounded: bool = False) -> list[Work]:
         outs, x, weights, biases = args[:n], args[n], args[n + 1 : 2 * n + 1], args[2 * n + 1 :]
         parts = list(zip(outs, weights, biases, strict=True))
         few = x.shape[0] <= MOST_TOKENS
-        return _few_parts(products, x, parts) if few else _many_parts(products, x, parts)
+        return _few_parts(products, x, parts, rounded) if few else _many_parts(products, x, parts)
 
-    return Site(device, spec, works)
+    def takes(*args: Any) -> Tensor | None:
+        return next((x for product in products.values() if (x := product.takes(args[n])) is not None), None)
+
+    return Site(device, spec, works, takes=takes)
 
 
 def _few_parts(
-    products: dict[str, Products], x: Tensor, parts: Sequence[tuple[Tensor, Weight, Weight | None]]
+    products: dict[str, Products], x: Tensor, parts: Sequence[tuple[Tensor, Weight, Weight | None]], rounded: bool
 ) -> list[Work]:
     works: list[Work] = []
-    rounded = False
     for kind, product in products.items():
         same = [part for part in parts if part[1].type == kind]
         if kind not in NATIVE and not rounded:  # rounding is the same for all quantised types
@@ -198,13 +205,21 @@ def gate_up_swiglu(device: CudaDevice, spec: GateUpSwigluSpec) -> Kernel | None:
             device.reserve(name, 4 * spec.max_tokens * spec.gate.rows)
 
     def works(
-        out: Tensor, x: Tensor, gate: Weight, up: Weight, bias_gate: Weight | None, bias_up: Weight | None
+        out: Tensor,
+        x: Tensor,
+        gate: Weight,
+        up: Weight,
+        bias_gate: Weight | None,
+        bias_up: Weight | None,
+        *,
+        rounded: bool = False,
     ) -> list[Work]:
         if x.shape[0] <= MOST_TOKENS:
-            return product.prepare(x) + product.few_gated(out, x, gate, up, bias_gate, bias_up)
+            before = [] if rounded else product.prepare(x)
+            return before + product.few_gated(out, x, gate, up, bias_gate, bias_up)
         return _many_gated(device, product, out, x, (gate, up), (bias_gate, bias_up))
 
-    return Site(device, spec, works)
+    return Site(device, spec, works, takes=lambda _out, x, *_weights: product.takes(x))
 
 
 def _many_gated(
@@ -230,4 +245,4 @@ def _many_gated(
 
 
 def _as(weight: Weight, kind: Plain) -> Weight:
-    return Weight(weight.allocation, weight.type, weight.shape, weight.nbytes, kind)
+    return dataclasses.replace(weight, kind=kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llorch.providers import API_VERSION, DeviceInfo, DeviceOptions, ProviderUnavailableError
@@ -9,7 +10,7 @@ from llorch_provider_cupy.probe import probe_devices
 
 
 class CudaProvider:
-    """Devices are named cuda:0, cuda:1."""
+    """Devices are named cuda:0, cuda:1; cuda:0,1 are both, with the layers of a model split over them."""
 
     name = "cupy-cuda"
     summary = "NVIDIA GPUs through CuPy; weights stay quantised, decode steps are CUDA graphs"
@@ -17,6 +18,7 @@ class CudaProvider:
     api_version = API_VERSION
     priority = -1  # named only: `auto` does not choose kernels that have never run on a card
     batch_invariant = False  # cuBLAS takes over from 9 tokens on, and its own kernels differ by shape
+    options = frozenset({"gpu_memory", "prefill_weights"})
     rounds_activations = True  # to int8 for a few tokens, to half for many
 
     def devices(self) -> list[DeviceInfo]:
@@ -30,20 +32,47 @@ class CudaProvider:
 
     def open(self, device: str | None = None, options: DeviceOptions | None = None) -> Any:
         available = {info.name: info for info in self.devices()}
-        name = device or next(iter(available))
-        if name not in available:
-            refused = [str(probe.error) for probe in probe_devices() if f"cuda:{probe.number}" == name]
-            why = f": {refused[0]}" if refused else ""
-            raise ProviderUnavailableError(f"cupy-cuda has no device {name!r}{why}; it has {', '.join(available)}")
+        found = [self._named(name, available) for name in card_names(device or next(iter(available)))]
         from llorch_provider_cupy.cupy_runtime import CupyRuntime
         from llorch_provider_cupy.device import CudaDevice
+        from llorch_provider_cupy.pipeline import Pipeline
 
-        return CudaDevice(CupyRuntime(int(name.removeprefix("cuda:"))), available[name])
+        options = options or DeviceOptions()
+        opened: list[CudaDevice] = []
+        try:
+            for info in found:
+                runtime = CupyRuntime(int(info.name.removeprefix("cuda:")), options.gpu_memory)
+                opened.append(CudaDevice(runtime, info, halves=options.prefill_weights == "half"))
+        except BaseException:
+            for card in opened:
+                card.close()
+            raise
+        return opened[0] if len(opened) == 1 else Pipeline(opened, together(found))
+
+    def _named(self, name: str, available: Mapping[str, DeviceInfo]) -> DeviceInfo:
+        if name in available:
+            return available[name]
+        refused = [str(probe.error) for probe in probe_devices() if f"cuda:{probe.number}" == name]
+        why = f": {refused[0]}" if refused else ""
+        raise ProviderUnavailableError(f"cupy-cuda has no device {name!r}{why}; it has {', '.join(available)}")
 
     def operations(self) -> Any:
-        from llorch_provider_cupy.operations import CudaOps
+        from llorch_provider_cupy.pipeline import Operations
 
-        return CudaOps()
+        return Operations()
+
+
+def card_names(device: str) -> list[str]:
+    """The cards that a device's name means: cuda:1, or cuda:0,1 (or cuda:0,cuda:1) for several."""
+    kind, _, numbers = device.partition(":")
+    return [f"{kind}:{number.removeprefix(f'{kind}:')}" for number in numbers.split(",")] if numbers else [device]
+
+
+def together(cards: Sequence[DeviceInfo]) -> DeviceInfo:
+    """What several cards are called when they hold one model."""
+    kind = cards[0].name.partition(":")[0]
+    numbers = ",".join(card.name.partition(":")[2] for card in cards)
+    return DeviceInfo(f"{kind}:{numbers}", "; ".join(card.description for card in cards), "cuda")
 
 
 provider = CudaProvider()

@@ -26,6 +26,7 @@ class Properties:
     name: str
     compute_capability: tuple[int, int]
     multiprocessors: int
+    piece: int  # bytes: memory is allocated in multiples of it
 
 
 class Allocation(Protocol):
@@ -69,6 +70,10 @@ class Runtime(Protocol):
         """Copies from the device to a contiguous array, when all that is enqueued is done."""
 
     def copy(self, target: int, source: int, nbytes: int) -> None: ...
+    def transfer(self, other: Any, target: int, source: int, nbytes: int) -> None:
+        """Copies to the card of `other`, a runtime of the same kind: behind all that is enqueued on either of the two,
+        before all that will be. Not to be recorded."""
+
     def function(self, program: Program, name: str) -> Any:
         """A kernel of a program, compiled where it was not yet. Raises ProviderError with the compiler's lines."""
 
@@ -78,6 +83,12 @@ class Runtime(Protocol):
     def gemm(self, product: Gemm) -> None: ...
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Records what `run` enqueues, without doing it; returns what enqueues all of it at once."""
+
+    def mark(self) -> Any:
+        """A point behind all that is enqueued, for `seconds`."""
+
+    def seconds(self, first: Any, second: Any) -> float:
+        """The time between two marks, once the second is reached."""
 
     def memory(self) -> tuple[int, int]:
         """(total, free) bytes; what a limit keeps from this runtime is not free."""

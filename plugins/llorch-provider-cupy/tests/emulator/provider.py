@@ -1,14 +1,15 @@
-"""A provider whose device is the host: the real device and operations over the emulated runtime."""
+"""A provider whose devices are the host: the real devices and operations over the emulated runtime."""
 
 from __future__ import annotations
 
 from llorch_provider_cupy.device import CudaDevice
-from llorch_provider_cupy.operations import CudaOps
+from llorch_provider_cupy.pipeline import Operations, Pipeline
+from llorch_provider_cupy.provider import card_names, together
 
 from emulator.runtime import HostRuntime
 from llorch.providers import API_VERSION, DeviceInfo, DeviceOptions
 
-INFO = DeviceInfo("emulated:0", "an emulated card", "cuda")
+INFO, OTHER = (DeviceInfo(f"emulated:{i}", "an emulated card", "cuda") for i in range(2))
 
 
 class EmulatedProvider:
@@ -19,15 +20,32 @@ class EmulatedProvider:
     priority = 0
     batch_invariant = False
     rounds_activations = True
+    options = frozenset({"gpu_memory", "prefill_weights"})
+    default = "emulated:0"
+
+    def __init__(self, total: int = 1 << 30) -> None:
+        self.total = total  # bytes of a card
 
     def devices(self) -> list[DeviceInfo]:
-        return [INFO]
+        return [INFO, OTHER]
 
-    def open(self, device: str | None = None, options: DeviceOptions | None = None) -> CudaDevice:
-        return CudaDevice(HostRuntime(), INFO)
+    def open(self, device: str | None = None, options: DeviceOptions | None = None) -> CudaDevice | Pipeline:
+        options = options or DeviceOptions()
+        known = {info.name: info for info in self.devices()}
+        found = [known[name] for name in card_names(device or self.default)]
+        halves = options.prefill_weights == "half"
+        cards = [CudaDevice(HostRuntime(self.total, options.gpu_memory), info, halves=halves) for info in found]
+        return cards[0] if len(cards) == 1 else Pipeline(cards, together(found))
 
-    def operations(self) -> CudaOps:
-        return CudaOps()
+    def operations(self) -> Operations:
+        return Operations()
 
 
-provider = EmulatedProvider()
+class PairProvider(EmulatedProvider):
+    """Two cards that hold a model together."""
+
+    name = "cuda-emulated-pair"
+    default = "emulated:0,1"
+
+
+provider, pair = EmulatedProvider(), PairProvider()

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from llorch_provider_cupy.programs import Program
 from llorch_provider_cupy.runtime import Gemm, Properties
+
+from llorch.providers import MemoryLimit
 
 HEADER = Path(__file__).with_name("cuda_on_host.h")
 CACHE = Path(__file__).parents[4] / ".cache" / "cuda-emulator"  # of the checkout; nothing else depends on it
@@ -77,10 +80,10 @@ class HostAllocation:
 
 
 class HostRuntime:
-    properties = Properties("emulated card", (9, 0), 2)
+    properties = Properties("emulated card", (9, 0), 2, 1)
 
-    def __init__(self, total: int = 1 << 30) -> None:
-        self.total = total
+    def __init__(self, total: int = 1 << 30, limit: MemoryLimit | None = None) -> None:
+        self.total = total if limit is None else limit.of(total)
         self.allocated: dict[int, tuple[int, npt.NDArray[np.uint8]]] = {}
         self.launched: list[str] = []  # names of kernels, for tests that ask which ran
         self._libraries: dict[Program, ctypes.CDLL] = {}
@@ -129,6 +132,11 @@ class HostRuntime:
 
     def _copy(self, target: int, source: int, nbytes: int) -> None:
         self._view(target, nbytes)[...] = self._view(source, nbytes)
+
+    def transfer(self, other: HostRuntime, target: int, source: int, nbytes: int) -> None:
+        assert self._recording is None
+        assert other._recording is None
+        other._view(target, nbytes)[...] = self._view(source, nbytes)
 
     # ---- kernels ----
 
@@ -202,6 +210,12 @@ class HostRuntime:
                 work()
 
         return replay
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, first: float, second: float) -> float:
+        return second - first
 
     def close(self) -> None:
         for address in list(self.allocated):
