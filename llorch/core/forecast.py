@@ -111,10 +111,11 @@ class Forecaster:
         else:
             remedy = f"no context fits, as all but the cache takes {shown(self.forecast(held, cache_type).total)}"
             remedy += ": use a more strongly quantised model, or a device with more memory"
+        holds = "one sequence" if cache_tokens is None else f"{cache_tokens} tokens"
         raise DeviceMemoryError(
             f"{self._config.name} with a context of {limits.max_context} tokens needs {shown(need.total)} on "
-            f"{self._provider.name} {self._device.info.name} (weights {shown(need.weights)}, KV cache "
-            f"{shown(need.cache)}, working memory {shown(need.working)}), {shown(room.free)} of {shown(room.total)} "
+            f"{self._provider.name} {self._device.info.name} (weights {shown(need.weights)}, KV cache of "
+            f"{holds} {shown(need.cache)}, working memory {shown(need.working)}), {shown(room.free)} of {shown(room.total)} "
             f"are free: {remedy}"
         )
 
