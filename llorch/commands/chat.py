@@ -117,10 +117,11 @@ class ChatSession:
     def retry(self) -> None:
         """Answers the last message again. What it was answered before is back where nothing comes of it."""
         text, removed = self.conversation.take_back()
+        kept = len(self.conversation.turns)
         try:
             self.ask(text)
         finally:
-            if self.conversation.unanswered is not None and removed:
+            if removed and len(self.conversation.turns) == kept:
                 self.conversation.turns += removed
                 self.conversation.unanswered = None
 

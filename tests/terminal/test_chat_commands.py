@@ -106,6 +106,12 @@ def test_retry_answers_the_last_message_again(typed: Typed, capsys: pytest.Captu
     assert "there is no message to answer again" in capsys.readouterr().err
 
 
+def test_a_retry_that_fails_leaves_the_answer_before(typed: Typed, capsys: pytest.CaptureFixture[str]) -> None:
+    _, session = typed("hello", f"/system {'x' * 600}", "/retry")
+    assert "tokens, the context is 512" in capsys.readouterr().err
+    assert [m["content"] for m in session.conversation.turns] == ["hello", " na no na"]
+
+
 def test_saved_conversations_go_on(typed: Typed, tmp_path: Path) -> None:
     typed("/system be brief", "hello", "/save chat.json")
     saved = json.loads((tmp_path / "chat.json").read_text())
