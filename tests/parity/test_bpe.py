@@ -158,7 +158,7 @@ BESIDE += [("</s>", "<|tool_response>"), ("<|fim_pad|>", "<|file_sep|>", "<|endo
 @pytest.mark.parametrize("texts", [*((text,) for text in ENDINGS), *BESIDE], ids=" ".join)
 @pytest.mark.parametrize("fields", [{}, {"eot_token_id": 5, "fim_pad_token_id": 6}], ids=["silent", "named"])
 def test_the_end_of_generation_is_llama_cpps(tmp_path: Path, texts: tuple[str, ...], fields: dict[str, int]) -> None:
-    tokens = [*ALPHABET, *((text, NORMAL) for text in texts)]
-    path = write_bpe(tmp_path / "model.gguf", tokens, [], tensors=True, bos_token_id=0, eos_token_id=1, **fields)
+    tokens = [*ALPHABET, "ab", *((text, NORMAL) for text in texts)]
+    path = write_bpe(tmp_path / "model.gguf", tokens, ["a b"], tensors=True, bos_token_id=0, eos_token_id=1, **fields)
     with LlamaVocabulary(path) as reference:
         assert Tokenizer.from_gguf(path).eog_ids == reference.eog_ids

@@ -95,8 +95,8 @@ def test_what_tokens_of_each_type_add_to_a_text(make: Make) -> None:
 
 
 def test_a_byte_that_is_no_token_adds_nothing(make: Make) -> None:
-    tokens = [token for token in ALPHABET if token != "e"]
-    assert ids(make(tokens, []), "heh") == [tokens.index("h")] * 2  # as in llama.cpp
+    tokens = [*(token for token in ALPHABET if token != "e"), "xy"]
+    assert ids(make(tokens, ["x y"]), "heh") == [tokens.index("h")] * 2  # as in llama.cpp
 
 
 def test_white_space_beside_tokens_of_some_models(make: Make) -> None:
