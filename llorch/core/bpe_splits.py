@@ -141,7 +141,8 @@ _NAMES: dict[str, PreTokenizer] = {
     "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano": PreTokenizer(
         (_LLAMA3,), ignore_merges=True, add_bos=True
     ),
-    "dbrx smaug-bpe chatglm-bpe glm4 glm5": PreTokenizer((_LLAMA3,)),
+    "glm4 glm5": PreTokenizer((_LLAMA3,), ignore_merges=True),
+    "dbrx smaug-bpe chatglm-bpe": PreTokenizer((_LLAMA3,)),
     "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe gigachat a.x-4.0 mellum "
     "modern-bert exaone4 mpt olmo jais trillion granite-docling": PreTokenizer((_GPT2,)),
     "qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 megrez hunyuan grok-2 solar-open": PreTokenizer((_QWEN2,)),

@@ -83,18 +83,14 @@ def _pre_tokenizer(file: GGUFFile, name: str) -> PreTokenizer:
     if name in NOT_BYTE_LEVEL:
         raise UnsupportedModelError(
             f"{file.begin(PRE)} is '{name}': tokens are merged from characters there, not from bytes, which is not "
-            f"supported yet; use a model with one of {_known()}"
+            "supported yet; use a model with a byte-level vocabulary"
         )
     if name not in PRE_TOKENIZERS:
         raise TokenizerError(
-            f"{file.begin(PRE)} is '{shown(name)}', which is not known; known are {_known()}; where the text is cut "
-            "as one of them does, set it with gguf-set-metadata"
+            f"{file.begin(PRE)} is '{shown(name)}', which is not known; known are {', '.join(sorted(PRE_TOKENIZERS))}; "
+            "where the text is cut as one of them does, set it with gguf-set-metadata"
         )
     return PRE_TOKENIZERS[name]
-
-
-def _known() -> str:
-    return ", ".join(sorted(PRE_TOKENIZERS))
 
 
 def _library(file: GGUFFile, vocabulary: Vocabulary, pre: PreTokenizer) -> Library:

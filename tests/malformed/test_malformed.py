@@ -58,7 +58,7 @@ def test_a_malformed_file_ends_in_an_error_that_says_all(found: Found, name: str
         assert said in message, message
     if case.at is not None:
         assert re.search(rf"\boffset {case.at}\b", message), f"offset {case.at}: {message}"
-    assert len(message) < 700, message
+    assert len(message) < (1400 if "known are" in message else 700), message  # 88 names of pre-tokenizers
     assert message.isprintable(), message
 
 
@@ -98,18 +98,10 @@ def test_a_message_about_something_else_fails(found: Found) -> None:
         test_a_malformed_file_ends_in_an_error_that_says_all(other, "version 0")
 
 
-def test_the_byte_level_vocabulary_is_good_where_it_is_known(tmp_path: Path) -> None:
-    from llorch.core.tokenizer import MODELS
-
+def test_the_byte_level_vocabulary_that_cases_are_made_of_loads(tmp_path: Path) -> None:
     file = tiny()
     fields = {k: v for k, v in file.fields.items() if not str(k).startswith("tokenizer.")}
     path = tmp_path / "bpe.gguf"
     path.write_bytes(file.but(fields={**fields, **byte_level()}).bytes())
-    if "gpt2" in MODELS:
-        tokenizer = llorch.Tokenizer.from_gguf(path)
-        assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
-    else:
-        with pytest.raises(
-            llorch.errors.UnsupportedModelError, match="byte-level BPE vocabularies are not supported yet"
-        ):
-            llorch.Tokenizer.from_gguf(path)
+    tokenizer = llorch.Tokenizer.from_gguf(path)
+    assert tokenizer.decode(tokenizer.encode("hello")) == "hello"

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-from llorch.core.tokenizer import MODELS
 from tests.malformed.case import Case
 from tests.malformed.case import of as case_of
 from tests.malformed.layout import BOOL, F32, I32, I64, STRING, U32, VOCAB, WORDS, array, byte_level, scalar, tiny
@@ -17,10 +16,8 @@ P = "tokenizer.ggml."
 
 
 def vocabularies() -> Iterator[Case]:
-    for part in (_kinds, _tokens, _scores, _token_types, _special_ids, _byte_tokens):
+    for part in (_kinds, _tokens, _scores, _token_types, _special_ids, _byte_tokens, _merges, _byte_level):
         yield from part()
-    if "gpt2" in MODELS:
-        yield from _merges()
 
 
 def _kinds() -> Iterator[Case]:
@@ -108,26 +105,56 @@ def _byte_tokens() -> Iterator[Case]:
         yield of(f"the byte token {text!r}", file, *said, where=P + "tokens")
 
 
+GOOD = TINY.but(fields={**{k: v for k, v in TINY.fields.items() if not str(k).startswith(P)}, **byte_level()})
+
+
 def _merges() -> Iterator[Case]:
     """Byte-level BPE: what each merge joins, and what it gives, must be tokens."""
-    good = TINY.but(fields={**{k: v for k, v in TINY.fields.items() if not str(k).startswith(P)}, **byte_level()})
-    yield of("no merges", good.without_field(P + "merges"), f"{P}merges")
-    yield of(
-        "numbers for merges",
-        good.with_field(P + "merges", array(I32, [1])),
-        f"{P}merges",
-        "expected",
-        error="GGUFError",
-    )
-    for name, merge in {
-        "of an unknown left": "zz e",
-        "of an unknown right": "h zz",
-        "that gives no token": "h l",
-        "of one part": "he",
-        "of three parts": "h e l",
-        "of nothing": "",
-        "of a space": " ",
-        "of a missing right": "h ",
-    }.items():
-        file = good.with_field(P + "merges", array(STRING, ["h e", merge]))
-        yield of(f"a merge {name}", file, f"{P}merges")
+    yield of("no merges", GOOD.without_field(P + "merges"), f"{P}merges is missing")
+    wrong = {"numbers": array(I32, [1]), "a text": scalar(STRING, "h e"), "no array of strings": array(I32, [])}
+    for name, value in wrong.items():
+        file = GOOD.with_field(P + "merges", value)
+        yield of(f"{name} for merges", file, f"{P}merges", "expected", where=P + "merges", error="GGUFError")
+    pair = "expected two tokens with a space between them"
+    merges = {
+        "of an unknown left": ("zz e", f"'zz' is none of the {VOCAB} tokens"),
+        "of an unknown right": ("h zz", f"'zz' is none of the {VOCAB} tokens"),
+        "that gives no token": ("h l", f"'hl' is none of the {VOCAB} tokens"),
+        "of three parts": ("h e l", f"'e l' is none of the {VOCAB} tokens"),
+        "of one part": ("he", pair),
+        "of nothing": ("", pair),
+        "of a space": (" ", pair),
+        "of a missing right": ("h ", pair),
+        "of a missing left": (" e", pair),
+    }
+    for name, (merge, said) in merges.items():
+        for index in (0, 1):
+            file = GOOD.with_field(P + "merges", array(STRING, [merge] if index == 0 else ["h e", merge]))
+            yield of(f"merge {index} {name}", file, f"{P}merges[{index}] is '{merge}'", said, where=P + "merges")
+    control = GOOD.with_field(P + "merges", array(STRING, ["h e"] * 50_000 + ["e zz"]))
+    yield of("a wrong merge behind many", control, f"{P}merges[50000] is 'e zz'", where=P + "merges")
+    long = GOOD.with_field(P + "merges", array(STRING, ["h " + "e" * 100_000]))
+    yield of("a merge of a hundred thousand characters", long, f"{P}merges[0] is 'h eee", where=P + "merges")
+
+
+def _byte_level() -> Iterator[Case]:
+    """Byte-level BPE: the pre-tokenizer, and what the tokens are."""
+    for name in ("llama-BPE", "gpt2", "x" * 1000, "\n"):
+        file = GOOD.with_field(P + "pre", scalar(STRING, name))
+        yield of(f"pre-tokenizer {name[:12]!r}", file, f"{P}pre is '", "llama-bpe, ", "qwen2, ", where=P + "pre")
+    for name in ("gemma4", "whitespace"):
+        file = GOOD.with_field(P + "pre", scalar(STRING, name))
+        said = (f"{P}pre is '{name}'", "merged from characters")
+        yield of(f"pre-tokenizer {name}", file, *said, where=P + "pre", error="UnsupportedModelError")
+    for name in ("pre", "add_space_prefix", "add_eos_token"):
+        file = GOOD.with_field(P + name, scalar(I32, 1))
+        said = (f"field {P}{name}", "expected")
+        yield of(f"{name} of a wrong type, byte-level", file, *said, where=P + name, error="GGUFError")
+    types = GOOD.with_field(P + "token_type", array(I32, [1] * 70 + [6] + [1] * (VOCAB - 71)))
+    said = (f"{P}tokens[70] is the byte token", "expected <0x00> to <0xFF>")
+    yield of("a byte token among byte-level ones", types, *said, where=P + "tokens")
+    few = GOOD.with_field(P + "token_type", array(I32, [1] * (VOCAB - 1)))
+    said = (f"{P}token_type", f"has {VOCAB - 1} entries, {P}tokens has {VOCAB}")
+    yield of("too few token types, byte-level", few, *said, where=P + "token_type")
+    bos = GOOD.with_field(P + "bos_token_id", scalar(U32, VOCAB))
+    yield of("BOS past the end, byte-level", bos, f"is {VOCAB}, the vocabulary has {VOCAB}", where=P + "bos_token_id")
