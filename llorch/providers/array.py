@@ -166,7 +166,7 @@ class ArrayDevice:
         return f"weights: float32 on the device, {need / GIBIBYTE:.2f} GiB"
 
     def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
-        """Float32 weights; those of a subclass that takes them otherwise, and says no more here, count as in the file."""
+        """Float32 weights; as in the file for a subclass that takes them otherwise and says no more here."""
         inherited = type(self).weight is ArrayDevice.weight
         held = _as_float32(weights) if inherited else sum(weight.nbytes for weight in weights)
         return MemoryNeed(weights=held, cache=cache.nbytes, scratch=max(map(_temporaries, specs), default=0))
