@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 COMMIT = "5" * 40
-_TREE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/main(\?.*)?")
+_MODEL = re.compile(r"/api/models/(?P<repo>[^/?]+/[^/?]+)\?blobs=true")
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/main/(?P<name>.+)")
 
 
@@ -53,15 +53,16 @@ class _Handler(BaseHTTPRequestHandler):
         hub.asked.append((self.command, self.path, self.headers.get("Range")))
         if hub.status is not None:
             self._send(hub.status, b"the hub is out of order", {})
-        elif tree := _TREE.fullmatch(self.path):
-            self._tree(tree["repo"])
+        elif model := _MODEL.fullmatch(self.path):
+            self._model(model["repo"])
         elif file := _FILE.fullmatch(self.path):
             self._file(file["repo"], file["name"], body)
         else:
             self._send(404, b"", {})
 
-    def _refused(self, repo: str) -> bool:
-        if repo in self.hub.gated and self.headers.get("Authorization") != "Bearer hf_let_me_in":
+    def _refused(self, repo: str, *, asks_for_a_file: bool) -> bool:
+        """Of a gated repository the hub tells everybody what is in it."""
+        if asks_for_a_file and repo in self.hub.gated and self.headers.get("Authorization") != "Bearer hf_let_me_in":
             self._send(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
         elif repo not in self.hub.repos:
             self._send(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
@@ -69,14 +70,14 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _tree(self, repo: str) -> None:
-        if not self._refused(repo):
-            files = self.hub.repos[repo]
-            entries = [{"type": "file", "path": n, "size": len(d), "oid": _sha(d)} for n, d in files.items()]
-            self._send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
+    def _model(self, repo: str) -> None:
+        if not self._refused(repo, asks_for_a_file=False):
+            files = [{"rfilename": n, "size": len(d), "blobId": _sha(d)} for n, d in self.hub.repos[repo].items()]
+            about = {"id": repo, "sha": COMMIT, "siblings": files}
+            self._send(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
 
     def _file(self, repo: str, name: str, body: bool) -> None:
-        if self._refused(repo):
+        if self._refused(repo, asks_for_a_file=True):
             return
         if name not in self.hub.repos[repo]:
             self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})

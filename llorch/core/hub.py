@@ -26,6 +26,7 @@ PREFIX = "hf:"
 # Taken in this order where nothing is named: the first is what most repositories recommend.
 DEFAULT_QUANTS = ("Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "Q3_K_M", "F16", "BF16")
 _REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<wanted>.+))?")
+ASK_SECONDS = 10.0
 _LISTED = 30
 _MEBIBYTE, _GIBIBYTE = 2**20, 2**30
 
@@ -140,11 +141,11 @@ def _listed(model: HubModel) -> dict[str, int]:
     """The repository's files and their bytes. Raises ModelError, or _UnreachableError."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-    from huggingface_hub.hf_api import RepoFile
 
     try:
-        entries = HfApi().list_repo_tree(model.repo, recursive=True)
-        return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+        # asked once: the calls that list a tree would try for half a minute before the cache is looked into
+        found = HfApi().model_info(model.repo, files_metadata=True, timeout=ASK_SECONDS)
+        return {file.rfilename: file.size or 0 for file in found.siblings or ()}
     except OfflineModeIsEnabled:
         raise _UnreachableError("HF_HUB_OFFLINE is set, so that nothing was asked") from None
     except HfHubHTTPError as error:

@@ -166,8 +166,10 @@ class ArrayDevice:
         return f"weights: float32 on the device, {need / GIBIBYTE:.2f} GiB"
 
     def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
-        """A device that keeps weights as they are, or a cache of another layout, overrides it."""
-        return MemoryNeed(weights=_as_float32(weights), cache=cache.nbytes, scratch=max(map(_temporaries, specs)))
+        """Float32 weights; as in the file for a subclass that takes them otherwise and says no more here."""
+        inherited = type(self).weight is ArrayDevice.weight
+        held = _as_float32(weights) if inherited else sum(weight.nbytes for weight in weights)
+        return MemoryNeed(weights=held, cache=cache.nbytes, scratch=max(map(_temporaries, specs), default=0))
 
     def weight(self, host_weight: HostWeight) -> Array:
         """Float32 [rows, cols], or [dim]."""

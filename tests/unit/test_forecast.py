@@ -21,8 +21,10 @@ from llorch.core.forecast import Forecast, Forecaster
 from llorch.core.llm import limits_of
 from llorch.core.model_files import open_model
 from llorch.errors import DeviceMemoryError, SettingsError
-from llorch.providers import registry
+from llorch.providers import CacheSpec, DeviceInfo, DeviceOptions, HostWeight, registry
+from llorch.providers.array import ArrayDevice
 from llorch.providers.conformance.models import TinyModel, write_model
+from llorch.providers.conformance.weights import random_weight
 from llorch.providers.host_memory import host_memory
 from llorch.providers.numpy_cpu import NumpyDevice
 from tests.malformed.layout import DIM, TensorPart, tiny
@@ -128,18 +130,35 @@ def test_activations_are_what_the_graph_allocates(tmp_path: Path, monkeypatch: p
         assert said.working == sum(array.nbytes for array in taken) + inputs + held._logits.nbytes
 
 
+def test_weights_that_a_subclass_takes_otherwise_count_as_in_the_file() -> None:
+    class Quantised(ArrayDevice):
+        def weight(self, host_weight: HostWeight) -> HostWeight:
+            return host_weight
+
+    weights = [random_weight(np.random.default_rng(0), "Q8_0", 64, 64, frozenset({"matmul"}))]
+    cache = CacheSpec(layers=1, kv_heads=1, head_dim=4, block_size=32, blocks=2, dtype="f32")
+    expected = {ArrayDevice: 4 * 64 * 64, Quantised: 34 * 2 * 64}
+    for kind, nbytes in expected.items():
+        device = kind(np, DeviceInfo("cpu", "NumPy", "cpu"), DeviceOptions())
+        assert device.memory_need(weights, cache, []).weights == nbytes
+
+
 RESIDENT = """
 import sys, psutil, llorch
-process = psutil.Process()
+
+def held():  # but for the file's own pages, which the system takes back when it needs them
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared
+
 with llorch.load(sys.argv[1], provider=sys.argv[2], context=2, parallel=1) as llm:
     llm.generate_ids([1], max_tokens=1)  # what is imported and compiled is no model's
-before = process.memory_info().rss
+before = held()
 llm = llorch.load(sys.argv[3], provider=sys.argv[2], parallel=4)
 llm.bench_prefill(512)
 for cache in llm._bound._cache.layers:
     cache.keys[...] = 1
     cache.values[...] = 1
-print(process.memory_info().rss - before)
+print(held() - before)
 """
 
 

@@ -169,7 +169,7 @@ def test_a_model_is_downloaded_once_and_nothing_else_is(machine: Machine) -> Non
     assert machine.locate("hf:lab/one")[0] == "tiny.gguf"
     assert machine.hub.downloads() == [("tiny.gguf", None)]
     assert {path for _, path, _ in machine.hub.asked} == {
-        "/api/models/lab/one/tree/main?recursive=true&expand=false",
+        "/api/models/lab/one?blobs=true",
         "/lab/one/resolve/main/tiny.gguf",
     }
     machine.hub.asked.clear()

@@ -33,6 +33,7 @@ from llorch_provider_numba.memory import (
     cache_bytes,
     forget_pages,
     in_huge_pages,
+    rounded_up,
 )
 from llorch_provider_numba.pool import Pool, default_threads
 from llorch_provider_numba.program import Launcher
@@ -98,10 +99,11 @@ class NumbaDevice:
         return nbytes(FORMATS[weight.type], weight.shape) if len(weight.shape) == 2 else weight.nbytes
 
     def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
+        sizes = list(map(self._size, weights))
         return MemoryNeed(
-            weights=sum(map(self._size, weights)),
+            weights=sum(sizes),
             cache=cache_bytes(cache),
-            scratch=scratch_bytes(specs, self.host, self.threads),
+            scratch=scratch_bytes(specs, self.host, self.threads) + sum(map(rounded_up, sizes)),
         )
 
     def weight(self, host_weight: HostWeight) -> Weight:

@@ -39,6 +39,11 @@ def in_huge_pages(nbytes: int) -> Bytes:
     return whole[skipped : skipped + nbytes]
 
 
+def rounded_up(nbytes: int) -> int:
+    """Bytes of the last huge page of so much memory that nothing uses."""
+    return -nbytes % HUGE_PAGE if nbytes >= HUGE_PAGE else 0
+
+
 def forget_pages(data: npt.NDArray[Any]) -> None:
     """Lets the system take back the pages of a file's map that `data` lies in; they are read again if need be."""
     owner: Any = data

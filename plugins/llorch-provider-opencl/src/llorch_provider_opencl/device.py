@@ -23,7 +23,7 @@ from llorch.providers import (
 )
 from llorch.providers.host_memory import host_memory
 from llorch_provider_opencl.formats import FORMATS, ROWS_PER_GROUP, repacked
-from llorch_provider_opencl.memory import Buffer, Inputs, KVCache, Memory, Tensor, Weight, layer_bytes
+from llorch_provider_opencl.memory import Buffer, Inputs, KVCache, Memory, Tensor, Weight, layer_bytes, rounded_up
 from llorch_provider_opencl.programs import Macros, Programs, source
 from llorch_provider_opencl.quirks import Settings, Traits, settings_for
 from llorch_provider_opencl.recording import Launcher
@@ -126,11 +126,11 @@ class OpenCLDevice:
         return FORMATS[weight.type].nbytes(weight.shape) if len(weight.shape) == 2 else weight.nbytes
 
     def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
-        return MemoryNeed(
-            weights=sum(map(self._size, weights)),
-            cache=cache.layers * sum(layer_bytes(cache)),
-            scratch=max((self._prepared_bytes(product) for spec in specs for product in _products(spec)), default=0),
-        )
+        sizes = list(map(self._size, weights))
+        prepared = max((self._prepared_bytes(product) for spec in specs for product in _products(spec)), default=0)
+        rounding = sum(map(rounded_up, sizes)) if self.settings.huge_pages else 0
+        held = cache.layers * sum(layer_bytes(cache))
+        return MemoryNeed(weights=sum(sizes), cache=held, scratch=prepared + rounding)
 
     def _prepared_bytes(self, spec: MatmulSpec) -> int:
         form, tile = FORMATS[spec.type], self.settings.prefill_tokens

@@ -70,6 +70,11 @@ def _in_huge_pages(cl: Any, context: Any, nbytes: int) -> tuple[Any, mmap.mmap]:
     return cl.Buffer(context, flags, hostbuf=whole[skipped : skipped + nbytes]), pages
 
 
+def rounded_up(nbytes: int) -> int:
+    """Bytes of the last huge page of so much memory that nothing uses."""
+    return -nbytes % HUGE_PAGE if nbytes >= HUGE_PAGE else 0
+
+
 class Buffer:
     """A cl.Buffer, the host memory below it if any, and its size."""
 
