@@ -112,20 +112,20 @@ def _merges(file: GGUFFile, vocabulary: Vocabulary, ids: dict[str, int]) -> list
     merges = file.get(MERGES, list, None)
     if merges is None:
         raise TokenizerError(f"{file.begin(MERGES)} is missing, a byte-level BPE vocabulary needs them; {RECONVERT}")
-    pairs: dict[tuple[str, str], None] = {}
-    others = set(vocabulary.texts) - ids.keys()  # control tokens above all
+    pairs = []
     for index, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
         if left in ids and right in ids and left + right in ids:
-            pairs[left, right] = None
-        elif not (left and right):
-            raise TokenizerError(
-                f"{file.begin(MERGES)}[{index}] is '{shown(merge)}', expected two tokens with a space between them; "
-                f"{RECONVERT}"
-            )
-        elif unknown := [part for part in (left, right, left + right) if part not in ids and part not in others]:
-            raise TokenizerError(
-                f"{file.begin(MERGES)}[{index}] is '{shown(merge)}': '{shown(unknown[0])}' is none of the "
-                f"{len(vocabulary.texts)} tokens; {RECONVERT}"
-            )
-    return list(pairs)
+            pairs.append((left, right))
+        else:
+            _check_left_out(f"{file.begin(MERGES)}[{index}] is '{shown(merge)}'", left, right, ids, vocabulary)
+    return pairs if len(set(merges)) == len(merges) else list(dict.fromkeys(pairs))
+
+
+def _check_left_out(merge: str, left: str, right: str, ids: dict[str, int], vocabulary: Vocabulary) -> None:
+    """A merge may only be left out where a control token has part in it."""
+    if not (left and right):
+        raise TokenizerError(f"{merge}, expected two tokens with a space between them; {RECONVERT}")
+    for part in (left, right, left + right):
+        if part not in ids and part not in vocabulary.text_set:
+            raise TokenizerError(f"{merge}: '{shown(part)}' is none of the {len(vocabulary.texts)} tokens; {RECONVERT}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,10 @@ class Vocabulary:
             lstrip_ids=lstrip_ids,
             rstrip_ids=rstrip_ids,
         )
+
+    @cached_property
+    def text_set(self) -> frozenset[str]:
+        return frozenset(self.texts)
 
 
 def token_array(file: GGUFFile, name: str, size: int) -> npt.NDArray[Any] | None:

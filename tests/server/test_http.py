@@ -227,7 +227,8 @@ def test_the_document_describes_each_route(client: httpx.Client) -> None:
     document = client.get("/docs/openapi.json").json()
     assert document["openapi"] == "3.0.3"
     openai = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model_id}"}
-    assert document["paths"].keys() == {"/health", "/execute", "/cancel", "/metrics"} | openai
+    worker = {"/health", "/execute", "/cancel", "/metrics", "/tokenize", "/detokenize"}
+    assert document["paths"].keys() == worker | openai
     execute = document["paths"]["/execute"]["post"]
     assert execute["responses"].keys() == {"200", "400", "409", "413", "499", "503"}
     assert execute["responses"]["200"]["content"].keys() == {"text/event-stream"}
