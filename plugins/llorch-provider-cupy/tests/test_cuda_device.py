@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import llorch
 from llorch.core.plan import expand
 from llorch.core.runner import Chunk
 from llorch.errors import DeviceMemoryError, ProviderUnavailableError
-from llorch.providers import MatmulSpec, RMSNormSpec, Step, registry
+from llorch.providers import AttentionSpec, MatmulSpec, RMSNormSpec, Step, registry
 from llorch.providers.conformance import oracle
 from llorch.providers.conformance.models import TinyModel, write_model
+from llorch.providers.conformance.paged import PagedSequences
 from llorch.providers.conformance.rig import ROUNDED, Rig, compare
 from llorch.providers.conformance.weights import random_weight, values_of, vector
 
@@ -195,6 +197,50 @@ def test_few_tokens_take_the_kernels_and_many_cublas(device: CudaDevice, kind: s
     ran = device.runtime.launched  # type: ignore[attr-defined]
     assert ("gemm" in ran) == (tokens > 8)
     assert any(name.startswith("product_4 ") for name in ran) == (tokens == 3)
+
+
+@pytest.mark.parametrize(
+    ("capability", "cache_dtype", "head_dim", "wanted", "ran"),
+    [
+        ((9, 0), "f16", 64, True, "attend_prompt"),
+        ((9, 0), "f16", 64, False, "attend_rows"),
+        ((7, 5), "f16", 64, True, "attend_rows"),
+        ((9, 0), "f32", 64, True, "attend_rows"),
+        ((9, 0), "f16", 256, True, "attend_rows"),
+    ],
+)
+def test_prompts_go_to_tensor_cores_where_they_can(
+    device: CudaDevice, capability: tuple[int, int], cache_dtype: str, head_dim: int, wanted: bool, ran: str
+) -> None:
+    card = CudaDevice(HostRuntime(), INFO, prompts_on_tensor_cores=wanted)
+    card.properties = replace(card.properties, compute_capability=capability)
+    spec = AttentionSpec(
+        max_tokens=8, heads=2, kv_heads=1, head_dim=head_dim, scale=0.1, block_size=32, max_blocks=2, max_sequences=1,
+        cache_dtype=cache_dtype,
+    )  # fmt: skip
+    sequences = PagedSequences(Rig(EmulatedProvider(), card), spec, np.random.default_rng(5), [[1, 2]])
+    found, expected = sequences.step({0: 7})
+    compare(found, expected, 1e-6, spec)
+    assert ran in {name.split()[0] for name in card.runtime.launched}
+
+
+@pytest.mark.parametrize("magnitude", [1e-6, 1e6])
+def test_queries_of_any_size_keep_their_precision_on_tensor_cores(device: CudaDevice, magnitude: float) -> None:
+    card = CudaDevice(HostRuntime(), INFO, prompts_on_tensor_cores=True)
+    spec = AttentionSpec(
+        max_tokens=8, heads=2, kv_heads=1, head_dim=64, scale=0.125 / magnitude, block_size=32, max_blocks=2,
+        max_sequences=1, cache_dtype="f16",
+    )  # fmt: skip
+
+    class Scaled(PagedSequences):
+        def _normal(self, rows: int, width: int) -> Any:
+            drawn = super()._normal(rows, width)
+            drawn[:, : spec.heads * spec.head_dim] *= magnitude
+            return drawn
+
+    sequences = Scaled(Rig(EmulatedProvider(), card), spec, np.random.default_rng(5), [[1, 2]])
+    found, expected = sequences.step({0: 7})
+    compare(found, expected, 1e-6, spec)
 
 
 def test_values_beyond_halves_are_multiplied_as_float32(device: CudaDevice) -> None:

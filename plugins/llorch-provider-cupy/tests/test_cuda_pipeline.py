@@ -17,8 +17,9 @@ from llorch_provider_cupy.provider import card_names, together
 import llorch
 from llorch.core.runner import Chunk
 from llorch.errors import DeviceMemoryError
-from llorch.providers import registry
+from llorch.providers import AddSpec, EmbedSpec, HostWeight, registry
 from llorch.providers.conformance.models import TinyModel, write_model
+from llorch.providers.conformance.rig import Rig
 
 PROMPT = [1, 50, 100, 200, 7]
 pytestmark = pytest.mark.skipif(compiler() is None, reason=NO_COMPILER)
@@ -121,6 +122,26 @@ def test_a_run_that_comes_back_to_a_card_is_not_captured() -> None:
 
     assert pipeline.capture(run([0, 1, 0])) is None
     assert pipeline.capture(run([0, 0, 1, 1])) is not None
+    pipeline.close()
+
+
+def test_a_replay_finds_what_another_card_wrote_since_it_was_recorded() -> None:
+    pipeline = PairProvider().open()
+    assert isinstance(pipeline, Pipeline)
+    rig = Rig(PairProvider(), pipeline)
+    add = rig.bind("add", AddSpec(max_tokens=1, dim=4))  # of no layer: on the last card
+    embed = rig.bind("embed", EmbedSpec(max_tokens=1, rows=2, cols=4, type="F32"))  # on the first
+    table = np.arange(8, dtype=np.float32).reshape(2, 4)
+    host = HostWeight("w", (2, 4), "F32", table.reshape(-1).view(np.uint8), frozenset({"embed"}))
+    weight, x, y = pipeline.weight(host), rig.tensor(np.ones((1, 4), np.float32)), pipeline.empty((1, 4), "float32")
+    replay = pipeline.capture(lambda: add(y, x, x))
+    assert replay is not None
+    for token in (1, 0):
+        embed(x, rig.tensor(np.array([token], np.int32)), weight)
+        replay()
+        found = np.empty((1, 4), np.float32)
+        pipeline.read(y, found)
+        np.testing.assert_array_equal(found[0], 2 * table[token])
     pipeline.close()
 
 

@@ -34,9 +34,12 @@ class CudaDevice:
     block_sizes = (32, 16, 64)
     capture_sizes = CAPTURE_SIZES
 
-    def __init__(self, runtime: Runtime, info: DeviceInfo, *, halves: bool = False) -> None:
+    def __init__(
+        self, runtime: Runtime, info: DeviceInfo, *, halves: bool = False, prompts_on_tensor_cores: bool = False
+    ) -> None:
         """`halves`: weights of products are kept as halves too, for products of many tokens."""
         self.runtime, self.info, self._halves = runtime, info, halves
+        self.prompts_on_tensor_cores = prompts_on_tensor_cores
         self.properties = runtime.properties
         self._memory = Memory(runtime)
         self._functions: dict[tuple[Program, str], Function] = {}
@@ -138,9 +141,10 @@ class CudaDevice:
             self.runtime.upload(allocation.address + offset, piece)
         found = Weight(allocation, host_weight.type, host_weight.shape, nbytes, self._kind(host_weight))
         if found.kind == "f16" and (half_bytes := self._half_bytes(host_weight)):
-            found = replace(found, halves=self._memory.allocate(half_bytes, f"{host_weight.name} as halves"))
-            for work in self.expand(found, "f16", found.halves.address, 0, found.shape[0]):
+            halves = self._memory.allocate(half_bytes, f"{host_weight.name} as halves")
+            for work in self.expand(found, "f16", halves.address, 0, found.shape[0]):
                 work()
+            found = replace(found, halves=halves)
         return found
 
     def _kind(self, weight: HostWeight) -> Plain:

@@ -72,11 +72,25 @@ class Transfer(NamedTuple):
 
 @dataclass
 class Trace:
-    """What a run would do: the cards it visits, the copies between them, where it leaves the tensors it writes."""
+    """What a run would do: the cards it visits, what it reads without having written it, the copies between cards,
+    where it leaves the tensors it writes."""
 
     cards: list[int] = field(default_factory=list)
+    outside: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict)
     transfers: list[Transfer] = field(default_factory=list)
     written: dict[int, tuple[Whereabouts, frozenset[int]]] = field(default_factory=dict)
+
+    def run(self, card: int, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+        self.cards.append(card)
+        for tensor in reads:
+            where, cards = self.written.get(id(tensor.where), (tensor.where, None))
+            if cards is None:
+                self.outside[id(where), card] = tensor, card
+            elif card not in cards:
+                self.transfers.append(Transfer(tensor, max(cards), card))
+                self.written[id(where)] = where, cards | {card}
+        for tensor in writes:
+            self.written[id(tensor.where)] = tensor.where, frozenset({card})
 
 
 class Pipeline:
@@ -188,24 +202,22 @@ class Pipeline:
 
     def run(self, card: int, work: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         """Does a kernel's work on a card, with what it reads brought there before."""
-        for tensor in reads:
-            if card not in tensor.where.cards:
-                self._bring(Transfer(tensor, max(tensor.where.cards), card))
-                tensor.where.cards |= {card}
         if self._trace is not None:
-            self._trace.cards.append(card)
-        elif self._only in (None, card):
+            self._trace.run(card, reads, writes)
+        elif self._only is not None:
+            if card == self._only:
+                work()
+        else:
+            for tensor in reads:
+                self._bring(tensor, card)
             work()
-        for tensor in writes:
-            tensor.where.cards = frozenset({card})
-            if self._trace is not None:
-                self._trace.written[id(tensor.where)] = tensor.where, tensor.where.cards
+            for tensor in writes:
+                tensor.where.cards = frozenset({card})
 
-    def _bring(self, transfer: Transfer) -> None:
-        if self._trace is not None:
-            self._trace.transfers.append(transfer)
-        elif self._only is None:
-            self._copy(transfer)
+    def _bring(self, tensor: Tensor, card: int) -> None:
+        if card not in tensor.where.cards:
+            self._copy(Transfer(tensor, max(tensor.where.cards), card))
+            tensor.where.cards |= {card}
 
     def _copy(self, transfer: Transfer) -> None:
         source, target = (transfer.tensor.parts[card] for card in (transfer.source, transfer.target))
@@ -227,9 +239,11 @@ class Pipeline:
             # what a card reads of others is complete when they are done: all of it can come before its own work
             copies = [transfer for transfer in trace.transfers if transfer.target == card]
             parts.append((copies, self._record(card, run)))
-        written = tuple(trace.written.values())
+        outside, written = tuple(trace.outside.values()), tuple(trace.written.values())
 
         def replay() -> None:
+            for tensor, card in outside:
+                self._bring(tensor, card)
             for copies, recorded in parts:
                 for transfer in copies:
                     self._copy(transfer)
