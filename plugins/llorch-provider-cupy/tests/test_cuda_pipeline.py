@@ -103,7 +103,7 @@ def test_a_model_larger_than_one_card_runs_on_two(load: Any, path: Path) -> None
 
 
 def test_a_share_that_does_not_fit_its_card_is_refused(load: Any) -> None:
-    with pytest.raises(DeviceMemoryError, match=r"the weights take .* GiB on an emulated card"):
+    with pytest.raises(DeviceMemoryError, match=r"the weights take .* MiB on an emulated card"):
         load("emulated:0,1", 1 << 18)
 
 
