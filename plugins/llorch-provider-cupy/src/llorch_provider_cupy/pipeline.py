@@ -8,89 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llorch.providers import (
-    OPTIONAL,
-    REQUIRED,
-    Batch,
     CacheSpec,
     DeviceInfo,
     DeviceMemoryError,
     EmbedSpec,
     HostWeight,
-    Kernel,
     MemoryInfo,
     OpSpec,
-    Step,
-    hookimpl,
 )
 from llorch_provider_cupy import memory
 from llorch_provider_cupy.device import CudaDevice
 from llorch_provider_cupy.memory import Inputs, LayerCache, Weight
-from llorch_provider_cupy.operations import CudaOps
-
-# arguments that a kernel writes without reading them are its outputs, but for these
-READ_TOO = {"rope": (0,), "rope_pair": (0, 1), "add_rmsnorm": (1,)}
-
-
-@dataclass
-class Whereabouts:
-    """The cards that hold a tensor's values. Views share it with their tensor."""
-
-    cards: frozenset[int]
-
-
-@dataclass(frozen=True)
-class Tensor:
-    parts: tuple[memory.Tensor, ...]  # one a card
-    where: Whereabouts
-    whole: bool = True  # not a view of some rows
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.parts[0].shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.parts[0].dtype
-
-    def rows(self, n: int) -> Tensor:
-        whole = self.whole and n == self.shape[0]
-        return Tensor(tuple(part.rows(n) for part in self.parts), self.where, whole)
-
-
-class Transfer(NamedTuple):
-    tensor: Tensor
-    source: int
-    target: int
-
-
-@dataclass
-class Trace:
-    """What a run would do: the cards it visits, what it reads without having written it, the copies between cards,
-    where it leaves the tensors it writes."""
-
-    cards: list[int] = field(default_factory=list)
-    outside: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict)
-    transfers: list[Transfer] = field(default_factory=list)
-    written: dict[int, tuple[Whereabouts, frozenset[int]]] = field(default_factory=dict)
-
-    def run(self, card: int, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
-        self.cards.append(card)
-        for tensor in reads:
-            where, cards = self.written.get(id(tensor.where), (tensor.where, None))
-            if cards is None:
-                self.outside[id(where), card] = tensor, card
-            elif card not in cards:
-                self.transfers.append(Transfer(tensor, max(cards), card))
-                self.written[id(where)] = where, cards | {card}
-        for tensor in writes:
-            self.written[id(tensor.where)] = tensor.where, frozenset({card})
+from llorch_provider_cupy.placed import fuse
+from llorch_provider_cupy.spread import Tensor, Trace, Transfer, Whereabouts
 
 
 class Pipeline:
@@ -225,6 +162,9 @@ class Pipeline:
         there = self.cards[transfer.target].runtime
         self.cards[transfer.source].runtime.transfer(there, target.address, source.address, nbytes)
 
+    def fuse(self, entries: Sequence[Any]) -> Sequence[Any]:
+        return fuse(entries)
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         """A recording a card, with the copies between them. None where a run comes back to a card it has left."""
         trace = self._trace = Trace()
@@ -281,77 +221,6 @@ class PipelineInputs:
     def upload(self) -> None:
         for part in self._parts:
             part.upload(self._parts[0].everything)
-
-
-class CardBatch:
-    """A batch as one card sees it; the host's ints are always those of the batch."""
-
-    def __init__(self, batch: Batch, card: int) -> None:
-        self._batch = batch
-        for name in ("positions", "slots", "sequence_ids", "block_tables", "query_starts", "context_lengths"):
-            setattr(self, name, getattr(batch, name).parts[card])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._batch, name)
-
-
-# ---- operations ----
-
-
-class Placed:
-    """A kernel of the contract on one card of a pipeline."""
-
-    def __init__(self, pipeline: Pipeline, operation: str, spec: OpSpec, kernel: Kernel) -> None:
-        self._pipeline, self._spec, self._kernel, self._card = pipeline, spec, kernel, pipeline.card_of(spec)
-        self._writes = [index for _, index in spec.outputs]
-        self._skips = set(self._writes) - set(READ_TOO.get(operation, ()))
-
-    def __call__(self, *args: Any) -> None:
-        here = [self._here(arg) for arg in args]
-        self._run(args, lambda: self._kernel(*here))
-
-    def steps(self, *args: Any) -> Sequence[Step]:
-        """The card's own steps, as one that first brings what they read."""
-        here = [self._here(arg) for arg in args]
-        prepare: Callable[..., Sequence[Step]] | None = getattr(self._kernel, "steps", None)
-        prepared = [Step(self._kernel, tuple(here), self._spec)] if prepare is None else prepare(*here)
-
-        def work() -> None:
-            for step in prepared:
-                step.kernel(*step.args)
-
-        return [Step(lambda: self._run(args, work), (), self._spec)]
-
-    def _run(self, args: Sequence[Any], work: Callable[[], None]) -> None:
-        reads = [arg for i, arg in enumerate(args) if isinstance(arg, Tensor) and i not in self._skips]
-        self._pipeline.run(self._card, work, reads, [args[i] for i in self._writes])
-
-    def _here(self, arg: Any) -> Any:
-        if isinstance(arg, Tensor):
-            return arg.parts[self._card]
-        if isinstance(arg, dict):
-            return arg[self._card]
-        return CardBatch(arg, self._card) if isinstance(arg, Batch) else arg
-
-
-class Operations:
-    """The operations of one card, or of the right one of several."""
-
-
-def _factory(operation: str) -> Callable[..., Any]:
-    def factory(self: Operations, device: CudaDevice | Pipeline, spec: Any) -> Kernel | None:
-        make: Callable[..., Kernel | None] = getattr(CudaOps(), operation)
-        if isinstance(device, CudaDevice):
-            return make(device, spec)
-        kernel = make(device.cards[device.card_of(spec)], spec)
-        return None if kernel is None else Placed(device, operation, spec, kernel)
-
-    factory.__name__ = operation
-    return hookimpl(factory)
-
-
-for _name in (*REQUIRED, *OPTIONAL):
-    setattr(Operations, _name, _factory(_name))
 
 
 # ---- the split ----

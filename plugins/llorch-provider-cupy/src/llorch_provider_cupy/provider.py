@@ -61,7 +61,7 @@ class CudaProvider:
         raise ProviderUnavailableError(f"cupy-cuda has no device {name!r}{why}; it has {', '.join(available)}")
 
     def operations(self) -> Any:
-        from llorch_provider_cupy.pipeline import Operations
+        from llorch_provider_cupy.placed import Operations
 
         return Operations()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from llorch_provider_cupy.device import CudaDevice
-from llorch_provider_cupy.pipeline import Operations, Pipeline
+from llorch_provider_cupy.pipeline import Pipeline
+from llorch_provider_cupy.placed import Operations
 from llorch_provider_cupy.provider import card_names, together
 
 from emulator.runtime import HostRuntime
