@@ -136,10 +136,12 @@ def test_halves_that_do_not_fit_are_refused_with_both_numbers(device: CudaDevice
 def test_a_model_with_halves_beside_its_weights_gives_its_tokens(load: Any, q4_0: Path) -> None:
     prompt = [1, *range(20, 50)]
     with load(q4_0, parallel=1) as llm:
-        expected, before = llm.logits(prompt), free(llm)
+        expected, before, reported = llm.logits(prompt), free(llm), llm.device_bytes
     with load(q4_0, parallel=1, prefill_weights="half") as llm:
         np.testing.assert_array_equal(llm.logits(prompt), expected)
-        assert before - free(llm) > 1 << 20
+        # each product's weight once more in halves, where a weight of Q4_0 takes 18 bytes for 32
+        assert llm.device_bytes - reported == llm.weight_bytes_per_token * 64 // 18
+        assert before - free(llm) == llm.device_bytes - reported
         assert any("halves beside" in line for line in llm.start_lines)
 
 

@@ -169,6 +169,9 @@ class CudaDevice:
     def weight_bytes(self, weight: Weight) -> int:
         return weight.nbytes
 
+    def held_bytes(self, weight: Weight) -> int:
+        return weight.nbytes + (0 if weight.halves is None else weight.halves.nbytes)
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         kind = np.dtype(dtype)
         shape = tuple(int(n) for n in shape)

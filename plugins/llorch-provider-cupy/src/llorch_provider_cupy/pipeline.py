@@ -91,6 +91,9 @@ class Pipeline:
     def weight_bytes(self, weight: dict[int, Weight]) -> int:
         return next(iter(weight.values())).nbytes
 
+    def held_bytes(self, weight: dict[int, Weight]) -> int:
+        return sum(self.cards[i].held_bytes(part) for i, part in weight.items())
+
     # ---- memory ----
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
