@@ -366,8 +366,9 @@ class Device(Protocol):
       times the sequences need are asked of `kv_cache`.
     - `held_bytes(weight) -> int`: the memory that a weight takes, where that is not `weight_bytes`.
     - `fuse(entries)`: called with each finished plan, named tuples (kernel, args, outputs) that will always run one
-      right after another, with at most reads between them. Returns as many, with the same outputs, that together do the same: where a kernel can do a
-      part of its neighbour's work, such as rounding what it writes, both are replaced.
+      right after another, with at most reads between them. Returns as many, with the same outputs, that together do
+      the same: where a kernel can do a part of its neighbour's work, such as rounding what it writes, both are
+      replaced.
     """
 
     @property
