@@ -9,8 +9,8 @@ cache that a step reads over the copy bandwidth, or operations over the rate of 
 longer; both rates are measured on the card in the same run. For Q4_0 the parts of a step stand beside what was
 planned for them, and every kernel beside its own limit. PyTorch is transformers' Llama in bf16, eager and compiled.
 
-Each measurement is a process of its own, so that one that fails takes nothing with it: its last lines are shown, the
-rest is measured. The figures are medians.
+Each measurement is a process of its own, so that one that fails or takes too long takes nothing with it: its last lines
+are shown, the rest is measured. The figures are medians.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ TARGETS = {  # tokens a second on an H200
     ("Q4_0", "prefill"): 20000,
     ("F16", "together"): 6000,
 }
+MOST_SECONDS = 240  # of one measurement
 Figures = dict[str, Any]
 
 
@@ -50,13 +51,16 @@ def main() -> None:
         return
     if (missing := no_card(arguments.provider)) is not None:
         raise SystemExit(f"benchmarks/gpu.py needs a card: {missing}")
-    found = {name: figures for name, figures in measure(arguments) if figures is not None}
+    found: dict[str, Figures] = {}
+    for name, figures in measure(arguments):
+        if figures is not None:
+            found[name] = figures
+            if arguments.json:  # at once: who ends the run early has what there is
+                arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     if "rates" not in found:
         raise SystemExit("the card's own rates could not be measured: there is nothing to compare with")
     for line in report(found, arguments):
         print(line)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,7 +102,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, Figures | None
     for name, worker, kind in runs:
         start = time.perf_counter()
         figures = _run(worker, kind, arguments)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        print(f"{name}: {time.perf_counter() - start:.0f} s, {figures}", file=sys.stderr, flush=True)
         yield name, figures
 
 
@@ -108,7 +112,11 @@ def _run(worker: str, kind: str, arguments: argparse.Namespace) -> Figures | Non
     for name in ("models", "shape", "context", "prompt", "sequences", "steps", "passes", "provider", "size"):
         command += [f"--{name}", str(getattr(arguments, name))]
     command += ["--torch-device", arguments.torch_device]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS)
+    except subprocess.TimeoutExpired:
+        print(f"{worker} {kind} took more than {MOST_SECONDS} s: left out", file=sys.stderr, flush=True)
+        return None
     if done.returncode:
         last = "\n".join(done.stderr.splitlines()[-15:])
         print(f"{worker} {kind} failed with status {done.returncode}:\n{last}", file=sys.stderr, flush=True)
@@ -227,7 +235,7 @@ def _step_seconds(llm: Any, arguments: argparse.Namespace) -> dict[str, tuple[fl
     blocks = llm.allocator.allocate(llm.allocator.blocks_for(arguments.context + 1))
     entries = llm.runner.entries([Chunk([3], arguments.context, blocks)])
     for _ in range(arguments.passes + 1):
-        for _ in range(40):
+        for _ in range(100):
             runtime.copy(ballast[0].address, ballast[1].address, ballast[0].nbytes)
         marks = [runtime.mark()]
         for kernel, args, _ in entries:

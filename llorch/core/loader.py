@@ -98,7 +98,7 @@ def _upload(file: GGUFFile, pending: list[_Pending], device: Device, loaded: Loa
         wanted.type = weight.type
         loaded.bound[name] = BoundWeight(handle, weight.type, weight.shape)
         size = device.weight_bytes(handle)
-        loaded.device_bytes += size
+        loaded.device_bytes += getattr(device, "held_bytes", device.weight_bytes)(handle)
         loaded.matmul_bytes += size if "matmul" in weight.uses else 0
 
 

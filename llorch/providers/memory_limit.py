@@ -24,7 +24,7 @@ class MemoryLimit:
 
     @classmethod
     def parse(cls, text: str) -> MemoryLimit:
-        """ "20GiB", "900MiB", "20" (GiB) or "90%". Raises ValueError with what is allowed."""
+        """From "20GiB", "900MiB", "20" (GiB) or "90%". Raises ValueError with what is allowed."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gib|mib|%)?", text.strip().lower())
         if found is None:
             raise ValueError("expected an amount of memory such as 20GiB or 900MiB, or a share such as 90%")

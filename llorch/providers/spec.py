@@ -376,9 +376,11 @@ class Device(Protocol):
     - `cache_blocks(spec: CacheSpec) -> int`: how many of the spec.blocks blocks it has room for. It is asked when
       weights, activations and scratch memory are allocated, just before `kv_cache`. Without it, core takes at most
       half of the free memory for a cache whose size the user has not named.
+    - `held_bytes(weight) -> int`: the memory that a weight takes, where that is not `weight_bytes`.
     - `fuse(entries)`: called with each finished plan, named tuples (kernel, args, outputs) that will always run one
-      right after another. Returns as many, with the same outputs, that together do the same: where a kernel can do a
-      part of its neighbour's work, such as rounding what it writes, both are replaced.
+      right after another, with at most reads between them. Returns as many, with the same outputs, that together do
+      the same: where a kernel can do a part of its neighbour's work, such as rounding what it writes, both are
+      replaced.
     """
 
     @property

@@ -86,6 +86,10 @@ class GuardedDevice:
     def weight_bytes(self, weight: Any) -> int:
         return self._real.weight_bytes(reveal(weight))
 
+    def held_bytes(self, weight: Any) -> int:
+        held: Callable[[Any], int] = getattr(self._real, "held_bytes", self._real.weight_bytes)
+        return held(reveal(weight))
+
     def kv_cache(self, spec: CacheSpec) -> Any:
         real = self._real.kv_cache(spec)
         return SimpleNamespace(layers=[Opaque(layer) for layer in real.layers], copy=real.copy)

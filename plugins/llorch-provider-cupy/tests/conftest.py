@@ -38,5 +38,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cuda-emulated\nVersion: 0\n")
     entries = ("[llorch.providers]", "cuda-emulated = emulator.provider:provider")
     entries += ("cuda-emulated-pair = emulator.provider:pair",)
+    entries += ("cuda-emulated-tensor-cores = emulator.provider:tensor_cores",)
     (info / "entry_points.txt").write_text("\n".join(entries) + "\n")
     return folder

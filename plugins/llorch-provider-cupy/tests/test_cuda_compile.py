@@ -23,13 +23,21 @@ from llorch.errors import ProviderError, ProviderUnavailableError
 CAPABILITIES = ((7, 0), (8, 0), (8, 9), (9, 0), (12, 0))
 MOST_REGISTERS = 255  # of a thread
 REGISTERS = 65536  # of a multiprocessor, on all of these cards
-THREADS = {"rows": 512, "rope": 64, "topk": 1024, "attention": 128, "products": 256}  # the largest block of each
+THREADS = {
+    "rows": 512,
+    "rope": 64,
+    "topk": 1024,
+    "attention": 128,
+    "products": 256,
+    "prompt": 128,
+}  # the largest block of each
 
 PROGRAMS = [
     *map(programs.program, ("rows", "rope", "topk")),
     *(programs.attention(head_dim, dtype) for head_dim, dtype in ((80, "f32"), (128, "f16"), (256, "f16"))),
     *map(programs.products, FORMATS),
 ]
+ON_TENSOR_CORES = [programs.prompt(head_dim) for head_dim in (64, 80, 128)]  # from 8.0 on
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +81,10 @@ def test_every_kernel_compiles_without_spills(nvrtc: Nvrtc, capability: tuple[in
     def compiled(program: Program) -> tuple[bytes, str]:
         return nvrtc.compile(program, target, "--ptxas-options=-v")
 
+    chosen = PROGRAMS + (ON_TENSOR_CORES if capability >= (8, 0) else [])
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(compiled, PROGRAMS))
-    for program, (binary, log) in zip(PROGRAMS, results, strict=True):
+        results = list(pool.map(compiled, chosen))
+    for program, (binary, log) in zip(chosen, results, strict=True):
         assert binary[:4] == b"\x7fELF"
         used = usage(log)
         assert used.keys() == set(program.kernels), str(program)

@@ -28,7 +28,7 @@ SELECTION = {
 PAIR = {
     "operations and device": "test_device or ((test_add or embed or topk or rope or tied) and (Q8_0 or not matmul) "
     "and not test_models and not gate_up and not test_attention)",
-    "models": "test_models and ((greedy_tokens_equal and (tied or F16)) or share_steps or guarded or another_thread)",
+    "models": "test_models and ((greedy_tokens_equal and tied) or share_steps)",
 }
 
 
@@ -42,6 +42,18 @@ def test_the_suite_passes(site: Path, part: str) -> None:
 @pytest.mark.parametrize("part", PAIR)
 def test_the_suite_passes_over_two_cards(site: Path, part: str) -> None:
     run_suite(site, "cuda-emulated-pair", PAIR[part])
+
+
+# scores of a thousand: queries in halves leave them errors that the softmax of near ties shows
+TENSOR_CORES = (
+    "test_attention and not hundreds and (head_geometries and (8-1 or 6-3) and (64 or 80 or 128) or one_batch"
+)
+TENSOR_CORES += " or window or soft_cap or padding)"
+
+
+@pytest.mark.skipif(compiler() is None, reason=NO_COMPILER)
+def test_the_suite_passes_with_prompts_on_tensor_cores(site: Path) -> None:
+    run_suite(site, "cuda-emulated-tensor-cores", TENSOR_CORES)
 
 
 def run_suite(site: Path, provider: str, selection: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from llorch.core.model_files import open_model
 from llorch.core.plan import expand
 from llorch.core.runner import Chunk
 from llorch.errors import DeviceMemoryError, ProviderUnavailableError
-from llorch.providers import MatmulSpec, RMSNormSpec, Step, registry
+from llorch.providers import AttentionSpec, MatmulSpec, RMSNormSpec, Step, registry
 from llorch.providers.conformance import oracle
 from llorch.providers.conformance.models import TinyModel, write_model
+from llorch.providers.conformance.paged import PagedSequences
 from llorch.providers.conformance.rig import ROUNDED, Rig, compare
 from llorch.providers.conformance.weights import random_weight, values_of, vector
 
@@ -50,9 +52,11 @@ def test_a_captured_decode_step_equals_the_plain_one(
 def test_weights_that_do_not_fit_are_refused_before_they_are_uploaded(device: CudaDevice) -> None:
     small = CudaDevice(HostRuntime(1 << 20), INFO)
     weight = random_weight(np.random.default_rng(0), "Q8_0", 2048, 1024, frozenset({"matmul"}))
-    with pytest.raises(DeviceMemoryError, match=r"weights take .* GiB are free"):
+    with pytest.raises(DeviceMemoryError, match=r"weights take 2\.12 MiB on an emulated card, 1\.00 MiB are free"):
         small.expect([weight])
-    with pytest.raises(DeviceMemoryError, match=r"activations needs 4\.0 MiB more on emulated card, 1\.0 of 1\.0 MiB"):
+    with pytest.raises(
+        DeviceMemoryError, match=r"activations needs 4\.00 MiB more on emulated card, 1\.00 MiB of 1\.00 MiB"
+    ):
         small.empty((1 << 20,), "float32")
 
 
@@ -126,7 +130,7 @@ def test_halves_that_do_not_fit_are_refused_with_both_numbers(device: CudaDevice
     need = 2048 * 1024 * 18 // 32
     tight = CudaDevice(HostRuntime(need + (1 << 20)), INFO, halves=True)
     with pytest.raises(
-        DeviceMemoryError, match=r"halves 0\.00 GiB on .* are free: start without --prefill-weights half"
+        DeviceMemoryError, match=r"halves 4\.00 MiB on .* are free: start without --prefill-weights half"
     ):
         tight.expect([weight])
     assert "halves" not in CudaDevice(HostRuntime(need + (1 << 20)), INFO).expect([weight])
@@ -136,10 +140,12 @@ def test_halves_that_do_not_fit_are_refused_with_both_numbers(device: CudaDevice
 def test_a_model_with_halves_beside_its_weights_gives_its_tokens(load: Any, q4_0: Path) -> None:
     prompt = [1, *range(20, 50)]
     with load(q4_0, parallel=1) as llm:
-        expected, before = llm.logits(prompt), free(llm)
+        expected, before, reported = llm.logits(prompt), free(llm), llm.device_bytes
     with load(q4_0, parallel=1, prefill_weights="half") as llm:
         np.testing.assert_array_equal(llm.logits(prompt), expected)
-        assert before - free(llm) > 1 << 20
+        # each product's weight once more in halves, where a weight of Q4_0 takes 18 bytes for 32
+        assert llm.device_bytes - reported == llm.weight_bytes_per_token * 64 // 18
+        assert before - free(llm) == llm.device_bytes - reported
         assert any("halves beside" in line for line in llm.start_lines)
 
 
@@ -199,6 +205,50 @@ def test_few_tokens_take_the_kernels_and_many_cublas(device: CudaDevice, kind: s
     ran = device.runtime.launched  # type: ignore[attr-defined]
     assert ("gemm" in ran) == (tokens > 8)
     assert any(name.startswith("product_4 ") for name in ran) == (tokens == 3)
+
+
+@pytest.mark.parametrize(
+    ("capability", "cache_dtype", "head_dim", "wanted", "ran"),
+    [
+        ((9, 0), "f16", 64, True, "attend_prompt"),
+        ((9, 0), "f16", 64, False, "attend_rows"),
+        ((7, 5), "f16", 64, True, "attend_rows"),
+        ((9, 0), "f32", 64, True, "attend_rows"),
+        ((9, 0), "f16", 256, True, "attend_rows"),
+    ],
+)
+def test_prompts_go_to_tensor_cores_where_they_can(
+    device: CudaDevice, capability: tuple[int, int], cache_dtype: str, head_dim: int, wanted: bool, ran: str
+) -> None:
+    card = CudaDevice(HostRuntime(), INFO, prompts_on_tensor_cores=wanted)
+    card.properties = replace(card.properties, compute_capability=capability)
+    spec = AttentionSpec(
+        max_tokens=8, heads=2, kv_heads=1, head_dim=head_dim, scale=0.1, block_size=32, max_blocks=2, max_sequences=1,
+        cache_dtype=cache_dtype,
+    )  # fmt: skip
+    sequences = PagedSequences(Rig(EmulatedProvider(), card), spec, np.random.default_rng(5), [[1, 2]])
+    found, expected = sequences.step({0: 7})
+    compare(found, expected, 1e-6, spec)
+    assert ran in {name.split()[0] for name in card.runtime.launched}
+
+
+@pytest.mark.parametrize("magnitude", [1e-6, 1e6])
+def test_queries_of_any_size_keep_their_precision_on_tensor_cores(device: CudaDevice, magnitude: float) -> None:
+    card = CudaDevice(HostRuntime(), INFO, prompts_on_tensor_cores=True)
+    spec = AttentionSpec(
+        max_tokens=8, heads=2, kv_heads=1, head_dim=64, scale=0.125 / magnitude, block_size=32, max_blocks=2,
+        max_sequences=1, cache_dtype="f16",
+    )  # fmt: skip
+
+    class Scaled(PagedSequences):
+        def _normal(self, rows: int, width: int) -> Any:
+            drawn = super()._normal(rows, width)
+            drawn[:, : spec.heads * spec.head_dim] *= magnitude
+            return drawn
+
+    sequences = Scaled(Rig(EmulatedProvider(), card), spec, np.random.default_rng(5), [[1, 2]])
+    found, expected = sequences.step({0: 7})
+    compare(found, expected, 1e-6, spec)
 
 
 def test_values_beyond_halves_are_multiplied_as_float32(device: CudaDevice) -> None:

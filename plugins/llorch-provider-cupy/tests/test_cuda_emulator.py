@@ -97,3 +97,25 @@ def test_a_program_is_a_library_with_all_its_kernels() -> None:
     library = build(rows)
     assert isinstance(library, ctypes.CDLL)
     assert all(hasattr(library, f"run_{name}") for name in rows.kernels)
+
+
+def test_a_product_on_tensor_cores_is_that_of_its_matrices() -> None:
+    """Fragments are filled here entry by entry: element i of a lane's a, b and d lies where the PTX ISA says."""
+    a, b = (np.arange(n).reshape(-1, w).astype(np.float32) % 7 - 3 for n, w in ((256, 16), (128, 8)))
+    body = """
+        const int lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
+        unsigned a[4], b[2];
+        for (int i = 0; i < 4; i++) {
+            const int row = group + i % 2 * 8, column = 2 * t + i / 2 * 8;
+            a[i] = to_half((row * 16 + column) % 7 - 3) | (unsigned)to_half((row * 16 + column + 1) % 7 - 3) << 16;
+        }
+        for (int i = 0; i < 2; i++) {
+            const int row = 2 * t + i * 8;
+            b[i] = to_half((row * 8 + group) % 7 - 3) | (unsigned)to_half(((row + 1) * 8 + group) % 7 - 3) << 16;
+        }
+        float d[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+        mma_16_8_16(d, a, b[0], b[1]);
+        for (int i = 0; i < 4; i++) out[(group + i / 2 * 8) * 8 + 2 * t + i % 2] = (int)d[i];
+    """
+    for found in run(body, threads=32, size=128):
+        np.testing.assert_array_equal(found.reshape(16, 8), a @ b + 1)

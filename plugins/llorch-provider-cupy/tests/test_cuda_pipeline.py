@@ -17,8 +17,9 @@ from llorch_provider_cupy.provider import card_names, together
 import llorch
 from llorch.core.runner import Chunk
 from llorch.errors import DeviceMemoryError
-from llorch.providers import registry
+from llorch.providers import AddSpec, EmbedSpec, HostWeight, registry
 from llorch.providers.conformance.models import TinyModel, write_model
+from llorch.providers.conformance.rig import Rig
 
 PROMPT = [1, 50, 100, 200, 7]
 pytestmark = pytest.mark.skipif(compiler() is None, reason=NO_COMPILER)
@@ -88,6 +89,16 @@ def test_only_the_residual_stream_is_copied(load: Any, monkeypatch: pytest.Monke
         assert copied == [n * one for n in (3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1)]
 
 
+def test_norms_round_for_the_product_behind_them_on_their_card(load: Any) -> None:
+    with load() as llm:
+        llm.runner.logits([Chunk([5], 0, [1])])
+        for card in llm.device.cards:
+            card.runtime.launched.clear()
+        llm.runner.logits([Chunk([6], 1, [1])])
+        counts = [sum(name.startswith("round_rows") for name in card.runtime.launched) for card in llm.device.cards]
+        assert counts == [4, 4]  # before attn_output and ffn_down, two layers a card
+
+
 def test_a_model_larger_than_one_card_runs_on_two(load: Any, path: Path) -> None:
     with load("emulated:0", parallel=1, context=64, chunk=8) as llm:
         need = HostRuntime().total - llm._bound.device.memory().free
@@ -102,7 +113,7 @@ def test_a_model_larger_than_one_card_runs_on_two(load: Any, path: Path) -> None
 
 
 def test_a_share_that_does_not_fit_its_card_is_refused(load: Any) -> None:
-    with pytest.raises(DeviceMemoryError, match=r"the weights take .* GiB on an emulated card"):
+    with pytest.raises(DeviceMemoryError, match=r"the weights take .* MiB on an emulated card"):
         load("emulated:0,1", 1 << 18)
 
 
@@ -121,6 +132,26 @@ def test_a_run_that_comes_back_to_a_card_is_not_captured() -> None:
 
     assert pipeline.capture(run([0, 1, 0])) is None
     assert pipeline.capture(run([0, 0, 1, 1])) is not None
+    pipeline.close()
+
+
+def test_a_replay_finds_what_another_card_wrote_since_it_was_recorded() -> None:
+    pipeline = PairProvider().open()
+    assert isinstance(pipeline, Pipeline)
+    rig = Rig(PairProvider(), pipeline)
+    add = rig.bind("add", AddSpec(max_tokens=1, dim=4))  # of no layer: on the last card
+    embed = rig.bind("embed", EmbedSpec(max_tokens=1, rows=2, cols=4, type="F32"))  # on the first
+    table = np.arange(8, dtype=np.float32).reshape(2, 4)
+    host = HostWeight("w", (2, 4), "F32", table.reshape(-1).view(np.uint8), frozenset({"embed"}))
+    weight, x, y = pipeline.weight(host), rig.tensor(np.ones((1, 4), np.float32)), pipeline.empty((1, 4), "float32")
+    replay = pipeline.capture(lambda: add(y, x, x))
+    assert replay is not None
+    for token in (1, 0):
+        embed(x, rig.tensor(np.array([token], np.int32)), weight)
+        replay()
+        found = np.empty((1, 4), np.float32)
+        pipeline.read(y, found)
+        np.testing.assert_array_equal(found[0], 2 * table[token])
     pipeline.close()
 
 

@@ -97,6 +97,14 @@ def test_a_cupy_that_the_driver_runs_is_right(version: int, wheel: str) -> None:
     assert probe.wrong_cupy(version, {f"cupy-cuda{wheel}": "14.2.0"}) is None
 
 
+def test_a_driver_that_is_older_than_the_runtime_is_a_reason() -> None:
+    said = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
+    assert probe.no_count(35, said, 12090) == (
+        f"{said}: the driver is too old for CuPy's CUDA 12.9: update the driver, or install a CuPy for an older CUDA"
+    )
+    assert probe.no_count(100, "cudaErrorNoDevice: no CUDA-capable device", 12090).startswith("cudaErrorNoDevice")
+
+
 def test_importing_the_provider_loads_no_cupy() -> None:
     program = "import sys, llorch_provider_cupy; print('cupy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

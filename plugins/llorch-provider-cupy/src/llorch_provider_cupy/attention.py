@@ -16,6 +16,7 @@ THREADS, WARPS = 128, 4  # as kernels/attention.cu has them
 LARGEST_HEAD = 256
 BLOCKS_PER_MULTIPROCESSOR = 4  # blocks of decode attention that keep one busy
 SHORTEST_SPLIT, MOST_SPLITS = 64, 64
+PROMPT_ROWS, LARGEST_PROMPT_HEAD = 64, 128  # as kernels/prompt.cu has them: more dimensions need too many registers
 
 
 def attention(device: CudaDevice, spec: AttentionSpec) -> Kernel | None:
@@ -61,6 +62,13 @@ class Attention:
         for work in self._kept[key]:
             work()
 
+    @property
+    def _on_tensor_cores(self) -> bool:
+        """Where it is asked for, and the card, the cache and the heads allow it."""
+        capable = self._device.properties.compute_capability >= (8, 0)
+        fits = self._spec.cache_dtype == "f16" and self._spec.head_dim <= LARGEST_PROMPT_HEAD
+        return self._device.prompts_on_tensor_cores and capable and fits
+
     def _function(self, name: str) -> Any:
         program = programs.attention(self._spec.head_dim, self._spec.cache_dtype)
         return self._device.function(program, name, THREADS)
@@ -101,9 +109,12 @@ class Attention:
             (spec.kv_heads, tokens),
             *(*kept, k.address, v.address, _address(batch.slots), i32(spec.kv_heads), i32(spec.block_size)),
         )
-        rows = WARPS * (2 if padded_dim(spec.head_dim) > 128 else 4)
+        rows, function = WARPS * (2 if padded_dim(spec.head_dim) > 128 else 4), self._function("attend_rows")
+        if self._on_tensor_cores:
+            rows = PROMPT_ROWS
+            function = self._device.function(programs.prompt(spec.head_dim), "attend_prompt", THREADS)
         inputs = (batch.positions, batch.sequence_ids, batch.block_tables)
-        attend = self._function("attend_rows").work(
+        attend = function.work(
             (blocks(tokens, rows), spec.heads),
             *(out.address, q.address, *kept, *map(_address, inputs)),
             *map(i32, (tokens, spec.heads, spec.kv_heads, spec.block_size, spec.max_blocks)),

@@ -13,7 +13,16 @@ from llorch.providers import CacheSpec, DeviceInfo, DeviceMemoryError, HostWeigh
 from llorch_provider_cupy import programs
 from llorch_provider_cupy.formats import FORMATS, LARGEST_HALF, UNIT
 from llorch_provider_cupy.launches import FLAT_THREADS, Function, Work, blocks, fuse, i32
-from llorch_provider_cupy.memory import Inputs, KVCache, Memory, Tensor, Weight, blocks_that_fit, cache_block_bytes
+from llorch_provider_cupy.memory import (
+    Inputs,
+    KVCache,
+    Memory,
+    Tensor,
+    Weight,
+    blocks_that_fit,
+    cache_block_bytes,
+    size,
+)
 from llorch_provider_cupy.programs import Program
 from llorch_provider_cupy.runtime import Allocation, Plain, Runtime
 
@@ -34,9 +43,12 @@ class CudaDevice:
     block_sizes = (32, 16, 64)
     capture_sizes = CAPTURE_SIZES
 
-    def __init__(self, runtime: Runtime, info: DeviceInfo, *, halves: bool = False) -> None:
+    def __init__(
+        self, runtime: Runtime, info: DeviceInfo, *, halves: bool = False, prompts_on_tensor_cores: bool = False
+    ) -> None:
         """`halves`: weights of products are kept as halves too, for products of many tokens."""
         self.runtime, self.info, self._halves = runtime, info, halves
+        self.prompts_on_tensor_cores = prompts_on_tensor_cores
         self.properties = runtime.properties
         self._memory = Memory(runtime)
         self._functions: dict[tuple[Program, str], Function] = {}
@@ -94,19 +106,19 @@ class CudaDevice:
         """Raises DeviceMemoryError before anything is uploaded where the weights cannot fit."""
         need, free = sum(map(self._size, weights)), self.memory().free
         halves = sum(map(self._half_bytes, weights))
-        where = f"on {self.info.description}, {free / 2**30:.2f} GiB are free"
+        where = f"on {self.info.description}, {size(free)} are free"
         if need > free:
             raise DeviceMemoryError(
-                f"the weights take {need / 2**30:.2f} GiB {where}, and no context would fit: use a more strongly "
+                f"the weights take {size(need)} {where}, and no context would fit: use a more strongly "
                 "quantised model, a card with more memory, or several (--device cuda:0,1)"
             )
         if need + halves > free:
             raise DeviceMemoryError(
-                f"the weights take {need / 2**30:.2f} GiB and their halves {halves / 2**30:.2f} GiB {where}: "
+                f"the weights take {size(need)} and their halves {size(halves)} {where}: "
                 "start without --prefill-weights half"
             )
-        beside = f", and {halves / 2**30:.2f} GiB of halves beside them" if self._halves else ""
-        return f"weights: {need / 2**30:.2f} GiB, quantised as in the file, scales apart from quants{beside}"
+        beside = f", and {size(halves)} of halves beside them" if self._halves else ""
+        return f"weights: {size(need)}, quantised as in the file, scales apart from quants{beside}"
 
     def bytes_of(self, weight: HostWeight) -> int:
         """What a weight takes here, at most."""
@@ -147,9 +159,10 @@ class CudaDevice:
             self.runtime.upload(allocation.address + offset, piece)
         found = Weight(allocation, host_weight.type, host_weight.shape, nbytes, self._kind(host_weight))
         if found.kind == "f16" and (half_bytes := self._half_bytes(host_weight)):
-            found = replace(found, halves=self._memory.allocate(half_bytes, f"{host_weight.name} as halves"))
-            for work in self.expand(found, "f16", found.halves.address, 0, found.shape[0]):
+            halves = self._memory.allocate(half_bytes, f"{host_weight.name} as halves")
+            for work in self.expand(found, "f16", halves.address, 0, found.shape[0]):
                 work()
+            found = replace(found, halves=halves)
         return found
 
     def _kind(self, weight: HostWeight) -> Plain:
@@ -164,6 +177,9 @@ class CudaDevice:
 
     def weight_bytes(self, weight: Weight) -> int:
         return weight.nbytes
+
+    def held_bytes(self, weight: Weight) -> int:
+        return weight.nbytes + (0 if weight.halves is None else weight.halves.nbytes)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         kind = np.dtype(dtype)
@@ -184,7 +200,7 @@ class CudaDevice:
             fit = max(0, blocks_that_fit(spec, free, self.properties.piece) - 1) * spec.block_size
             tokens = (spec.blocks - 1) * spec.block_size
             raise DeviceMemoryError(
-                f"a KV cache of {tokens} tokens needs {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free on "
+                f"a KV cache of {tokens} tokens needs {size(need)}, {size(free)} are free on "
                 f"{self.info.description}: {fit} tokens would fit (--context times --parallel)"
             )
         return KVCache(self.runtime, self._memory, spec)

@@ -14,6 +14,10 @@ from llorch.providers import CacheSpec, DeviceMemoryError
 from llorch_provider_cupy.runtime import Allocation, Plain, Runtime
 
 
+def size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.2f} MiB"
+
+
 class Memory:
     """Allocates an opened device's memory, and releases what is left when it closes."""
 
@@ -29,8 +33,8 @@ class Memory:
         except MemoryError as error:
             total, free = self._runtime.memory()
             raise DeviceMemoryError(
-                f"{what} needs {nbytes / 2**20:,.1f} MiB more on {self._runtime.properties.name}, "
-                f"{free / 2**20:,.1f} of {total / 2**20:,.1f} MiB are free: use a smaller --chunk, --context or "
+                f"{what} needs {size(nbytes)} more on {self._runtime.properties.name}, "
+                f"{size(free)} of {size(total)} are free: use a smaller --chunk, --context or "
                 "--parallel, or a more strongly quantised model"
             ) from error
         self._allocated.add(found)

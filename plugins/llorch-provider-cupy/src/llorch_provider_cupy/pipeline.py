@@ -8,75 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llorch.providers import (
-    OPTIONAL,
-    REQUIRED,
-    Batch,
     CacheSpec,
     DeviceInfo,
     DeviceMemoryError,
     EmbedSpec,
     HostWeight,
-    Kernel,
     MemoryInfo,
     OpSpec,
-    Step,
-    hookimpl,
 )
 from llorch_provider_cupy import memory
 from llorch_provider_cupy.device import CudaDevice
 from llorch_provider_cupy.memory import Inputs, LayerCache, Weight
-from llorch_provider_cupy.operations import CudaOps
-
-# arguments that a kernel writes without reading them are its outputs, but for these
-READ_TOO = {"rope": (0,), "rope_pair": (0, 1), "add_rmsnorm": (1,)}
-
-
-@dataclass
-class Whereabouts:
-    """The cards that hold a tensor's values. Views share it with their tensor."""
-
-    cards: frozenset[int]
-
-
-@dataclass(frozen=True)
-class Tensor:
-    parts: tuple[memory.Tensor, ...]  # one a card
-    where: Whereabouts
-    whole: bool = True  # not a view of some rows
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.parts[0].shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.parts[0].dtype
-
-    def rows(self, n: int) -> Tensor:
-        whole = self.whole and n == self.shape[0]
-        return Tensor(tuple(part.rows(n) for part in self.parts), self.where, whole)
-
-
-class Transfer(NamedTuple):
-    tensor: Tensor
-    source: int
-    target: int
-
-
-@dataclass
-class Trace:
-    """What a run would do: the cards it visits, the copies between them, where it leaves the tensors it writes."""
-
-    cards: list[int] = field(default_factory=list)
-    transfers: list[Transfer] = field(default_factory=list)
-    written: dict[int, tuple[Whereabouts, frozenset[int]]] = field(default_factory=dict)
+from llorch_provider_cupy.placed import fuse
+from llorch_provider_cupy.spread import Tensor, Trace, Transfer, Whereabouts
 
 
 class Pipeline:
@@ -140,6 +91,9 @@ class Pipeline:
     def weight_bytes(self, weight: dict[int, Weight]) -> int:
         return next(iter(weight.values())).nbytes
 
+    def held_bytes(self, weight: dict[int, Weight]) -> int:
+        return sum(self.cards[i].held_bytes(part) for i, part in weight.items())
+
     # ---- memory ----
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -188,30 +142,31 @@ class Pipeline:
 
     def run(self, card: int, work: Callable[[], None], reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
         """Does a kernel's work on a card, with what it reads brought there before."""
-        for tensor in reads:
-            if card not in tensor.where.cards:
-                self._bring(Transfer(tensor, max(tensor.where.cards), card))
-                tensor.where.cards |= {card}
         if self._trace is not None:
-            self._trace.cards.append(card)
-        elif self._only in (None, card):
+            self._trace.run(card, reads, writes)
+        elif self._only is not None:
+            if card == self._only:
+                work()
+        else:
+            for tensor in reads:
+                self._bring(tensor, card)
             work()
-        for tensor in writes:
-            tensor.where.cards = frozenset({card})
-            if self._trace is not None:
-                self._trace.written[id(tensor.where)] = tensor.where, tensor.where.cards
+            for tensor in writes:
+                tensor.where.cards = frozenset({card})
 
-    def _bring(self, transfer: Transfer) -> None:
-        if self._trace is not None:
-            self._trace.transfers.append(transfer)
-        elif self._only is None:
-            self._copy(transfer)
+    def _bring(self, tensor: Tensor, card: int) -> None:
+        if card not in tensor.where.cards:
+            self._copy(Transfer(tensor, max(tensor.where.cards), card))
+            tensor.where.cards |= {card}
 
     def _copy(self, transfer: Transfer) -> None:
         source, target = (transfer.tensor.parts[card] for card in (transfer.source, transfer.target))
         nbytes = int(np.prod(source.shape)) * source.dtype.itemsize
         there = self.cards[transfer.target].runtime
         self.cards[transfer.source].runtime.transfer(there, target.address, source.address, nbytes)
+
+    def fuse(self, entries: Sequence[Any]) -> Sequence[Any]:
+        return fuse(entries)
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         """A recording a card, with the copies between them. None where a run comes back to a card it has left."""
@@ -227,9 +182,11 @@ class Pipeline:
             # what a card reads of others is complete when they are done: all of it can come before its own work
             copies = [transfer for transfer in trace.transfers if transfer.target == card]
             parts.append((copies, self._record(card, run)))
-        written = tuple(trace.written.values())
+        outside, written = tuple(trace.outside.values()), tuple(trace.written.values())
 
         def replay() -> None:
+            for tensor, card in outside:
+                self._bring(tensor, card)
             for copies, recorded in parts:
                 for transfer in copies:
                     self._copy(transfer)
@@ -267,77 +224,6 @@ class PipelineInputs:
     def upload(self) -> None:
         for part in self._parts:
             part.upload(self._parts[0].everything)
-
-
-class CardBatch:
-    """A batch as one card sees it; the host's ints are always those of the batch."""
-
-    def __init__(self, batch: Batch, card: int) -> None:
-        self._batch = batch
-        for name in ("positions", "slots", "sequence_ids", "block_tables", "query_starts", "context_lengths"):
-            setattr(self, name, getattr(batch, name).parts[card])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._batch, name)
-
-
-# ---- operations ----
-
-
-class Placed:
-    """A kernel of the contract on one card of a pipeline."""
-
-    def __init__(self, pipeline: Pipeline, operation: str, spec: OpSpec, kernel: Kernel) -> None:
-        self._pipeline, self._spec, self._kernel, self._card = pipeline, spec, kernel, pipeline.card_of(spec)
-        self._writes = [index for _, index in spec.outputs]
-        self._skips = set(self._writes) - set(READ_TOO.get(operation, ()))
-
-    def __call__(self, *args: Any) -> None:
-        here = [self._here(arg) for arg in args]
-        self._run(args, lambda: self._kernel(*here))
-
-    def steps(self, *args: Any) -> Sequence[Step]:
-        """The card's own steps, as one that first brings what they read."""
-        here = [self._here(arg) for arg in args]
-        prepare: Callable[..., Sequence[Step]] | None = getattr(self._kernel, "steps", None)
-        prepared = [Step(self._kernel, tuple(here), self._spec)] if prepare is None else prepare(*here)
-
-        def work() -> None:
-            for step in prepared:
-                step.kernel(*step.args)
-
-        return [Step(lambda: self._run(args, work), (), self._spec)]
-
-    def _run(self, args: Sequence[Any], work: Callable[[], None]) -> None:
-        reads = [arg for i, arg in enumerate(args) if isinstance(arg, Tensor) and i not in self._skips]
-        self._pipeline.run(self._card, work, reads, [args[i] for i in self._writes])
-
-    def _here(self, arg: Any) -> Any:
-        if isinstance(arg, Tensor):
-            return arg.parts[self._card]
-        if isinstance(arg, dict):
-            return arg[self._card]
-        return CardBatch(arg, self._card) if isinstance(arg, Batch) else arg
-
-
-class Operations:
-    """The operations of one card, or of the right one of several."""
-
-
-def _factory(operation: str) -> Callable[..., Any]:
-    def factory(self: Operations, device: CudaDevice | Pipeline, spec: Any) -> Kernel | None:
-        make: Callable[..., Kernel | None] = getattr(CudaOps(), operation)
-        if isinstance(device, CudaDevice):
-            return make(device, spec)
-        kernel = make(device.cards[device.card_of(spec)], spec)
-        return None if kernel is None else Placed(device, operation, spec, kernel)
-
-    factory.__name__ = operation
-    return hookimpl(factory)
-
-
-for _name in (*REQUIRED, *OPTIONAL):
-    setattr(Operations, _name, _factory(_name))
 
 
 # ---- the split ----

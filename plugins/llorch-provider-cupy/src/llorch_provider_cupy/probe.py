@@ -22,6 +22,7 @@ TIMEOUT_SECONDS = 120  # the first start of a driver may take a while, and a ker
 DRIVER_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 WHEELS = {12: "cupy-cuda12x", 13: "cupy-cuda13x"}  # by the major version of CUDA
 OLDEST_CAPABILITY = (7, 0)
+INSUFFICIENT_DRIVER = 35  # cudaErrorInsufficientDriver
 COUNT = 64
 
 
@@ -139,8 +140,12 @@ def _cards() -> list[dict[str, Any]]:
     """Runs a kernel on each card."""
     from cupy.cuda import runtime as cuda
 
+    try:
+        count = cuda.getDeviceCount()
+    except cuda.CUDARuntimeError as error:
+        raise SystemExit(no_count(error.status, str(error), cuda.runtimeGetVersion())) from error
     found = []
-    for number in range(cuda.getDeviceCount()):
+    for number in range(count):
         properties = cuda.getDeviceProperties(number)
         capability = properties["major"], properties["minor"]
         description = (
@@ -149,6 +154,16 @@ def _cards() -> list[dict[str, Any]]:
         description += f"{capability[0]}.{capability[1]}"
         found.append({"number": number, "description": description, "error": _test(number, capability)})
     return found
+
+
+def no_count(status: int, said: str, runtime: int) -> str:
+    """Why CUDA gives no number of cards, and what to do. `runtime`: CuPy's, 12090 for CUDA 12.9."""
+    if status != INSUFFICIENT_DRIVER:
+        return said
+    return (
+        f"{said}: the driver is too old for CuPy's CUDA {runtime // 1000}.{runtime % 1000 // 10}: update the driver, "
+        "or install a CuPy for an older CUDA"
+    )
 
 
 def _test(number: int, capability: tuple[int, int]) -> str | None:

@@ -17,7 +17,8 @@ _FILES = {
     "rows": ("common.cuh", "rows.cu"),
     "rope": ("common.cuh", "rope.cu"),
     "topk": ("common.cuh", "topk.cu"),
-    "attention": ("common.cuh", "attention.cu"),
+    "attention": ("common.cuh", "paged.cuh", "attention.cu"),
+    "prompt": ("common.cuh", "paged.cuh", "prompt.cu"),
     "products": ("common.cuh", "weights.cuh", "products.cu"),
 }
 _ROWS = ("rmsnorm", "round_rows", "add", "swiglu", "gather", "to_halves", "to_brains", "finish", "finish_gated")
@@ -30,6 +31,7 @@ _KERNELS = {
     "rope": ("rope",),
     "topk": ("argmax", "topk_parts", "topk_merge"),
     "attention": ("append", *(f"attend_{heads}" for heads in ATTEND_HEADS), "combine", "attend_rows"),
+    "prompt": ("attend_prompt",),
     "products": _PRODUCTS,
 }
 
@@ -69,6 +71,11 @@ def products(weight_type: str) -> Program:
 
 def attention(head_dim: int, cache_dtype: str) -> Program:
     return program("attention", {"HEAD_DIM": head_dim, "CACHE_HALF": int(cache_dtype == "f16")})
+
+
+def prompt(head_dim: int) -> Program:
+    """Attention on tensor cores, for compute capability 8.0 and up."""
+    return program("prompt", {"HEAD_DIM": head_dim})
 
 
 @functools.cache

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llorch.providers import API_VERSION, DeviceInfo, DeviceOptions, ProviderUnavailableError
 from llorch_provider_cupy.probe import probe_devices
+
+TENSOR_CORES = "LLORCH_CUPY_PROMPTS_ON_TENSOR_CORES"  # set: the kernel of kernels/prompt.cu, off until it is measured
 
 
 class CudaProvider:
@@ -42,7 +45,8 @@ class CudaProvider:
         try:
             for info in found:
                 runtime = CupyRuntime(int(info.name.removeprefix("cuda:")), options.gpu_memory)
-                opened.append(CudaDevice(runtime, info, halves=options.prefill_weights == "half"))
+                halves, tensor_cores = options.prefill_weights == "half", bool(os.environ.get(TENSOR_CORES))
+                opened.append(CudaDevice(runtime, info, halves=halves, prompts_on_tensor_cores=tensor_cores))
         except BaseException:
             for card in opened:
                 card.close()
@@ -57,7 +61,7 @@ class CudaProvider:
         raise ProviderUnavailableError(f"cupy-cuda has no device {name!r}{why}; it has {', '.join(available)}")
 
     def operations(self) -> Any:
-        from llorch_provider_cupy.pipeline import Operations
+        from llorch_provider_cupy.placed import Operations
 
         return Operations()
 

@@ -264,6 +264,35 @@ const char *launch(void (*kernel)(A...), const unsigned *sizes, void **arguments
     return state.error;
 }
 
+// d += a b of a warp: a 16 x 16 and b 16 x 8 halves, d 16 x 8 float32, in the lanes' registers as the PTX ISA has it
+// ("Matrix Fragments for mma.m16n8k16 with floating point type"): lane = 4 * group + t;
+//   a_i:  row group (i = 0, 1, 4, 5) or group + 8 (i = 2, 3, 6, 7); column 2 t + (i & 1), and 8 more for i >= 4
+//   b_i:  row 2 t + (i & 1), and 8 more for i >= 2; column group
+//   d_i:  row group, and 8 more for i >= 2; column 2 t + (i & 1)
+inline void mma_16_8_16(float *d, const unsigned *a, unsigned b0, unsigned b1, int line) {
+    float A[16][16], B[16][8];
+    const unsigned registers[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    for (int reg = 0; reg < 6; reg++) {
+        const uint64_t *all = exchange(registers[reg], line);
+        for (int lane = 0; lane < WARP; lane++)
+            for (int half = 0; half < 2; half++) {
+                _Float16 value;
+                const unsigned short bits = (unsigned short)(all[lane] >> 16 * half);
+                memcpy(&value, &bits, 2);
+                const int group = lane / 4, t = lane % 4, i = (reg < 4 ? reg : reg - 4) * 2 + half;
+                if (reg < 4)
+                    A[group + (i % 4 >= 2 ? 8 : 0)][2 * t + (i & 1) + (i >= 4 ? 8 : 0)] = (float)value;
+                else
+                    B[2 * t + (i & 1) + (i >= 2 ? 8 : 0)][group] = (float)value;
+            }
+    }
+    const int lane = state.current % WARP, group = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; i++) {
+        const int row = group + (i >= 2 ? 8 : 0), column = 2 * t + (i & 1);
+        for (int k = 0; k < 16; k++) d[i] += A[row][k] * B[k][column];
+    }
+}
+
 }  // namespace emulator
 
 #define threadIdx (emulator::me().thread)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from llorch_provider_cupy.device import CudaDevice
-from llorch_provider_cupy.pipeline import Operations, Pipeline
+from llorch_provider_cupy.pipeline import Pipeline
+from llorch_provider_cupy.placed import Operations
 from llorch_provider_cupy.provider import card_names, together
 
 from emulator.runtime import HostRuntime
@@ -48,4 +49,17 @@ class PairProvider(EmulatedProvider):
     default = "emulated:0,1"
 
 
-provider, pair = EmulatedProvider(), PairProvider()
+class TensorCoreDevice(CudaDevice):
+    cache_dtypes = ("f16",)  # so that the suite's attention is all in halves
+
+
+class TensorCoreProvider(EmulatedProvider):
+    """Prompts on tensor cores."""
+
+    name = "cuda-emulated-tensor-cores"
+
+    def open(self, device: str | None = None, options: DeviceOptions | None = None) -> CudaDevice:
+        return TensorCoreDevice(HostRuntime(self.total), INFO, prompts_on_tensor_cores=True)
+
+
+provider, pair, tensor_cores = EmulatedProvider(), PairProvider(), TensorCoreProvider()

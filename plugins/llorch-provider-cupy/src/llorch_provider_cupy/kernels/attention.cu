@@ -1,13 +1,8 @@
 // Causal attention over the paged cache, in one pass: online softmax (Milakov and Gimelshein, 2018; Dao et al., 2022).
 //
-// A block of the cache holds, for each key head, [block_size][PADDED_DIM] keys, and as many values; dimensions behind
-// HEAD_DIM are zeros. `attend_rows` takes any batch, after `append` has written its keys and values. `attend_1`,
+// `attend_rows` takes any batch, after `append` has written its keys and values. `attend_1`,
 // `attend_2`, `attend_4` take steps of one query a sequence: the context is cut into splits (flash decoding), each of
 // which leaves a partial result for `combine`, and the token's own key is written by the way.
-
-#define PADDED_DIM ((HEAD_DIM + 7) / 8 * 8)
-#define THREADS 128
-#define WARPS (THREADS / 32)
 
 #if CACHE_HALF
 typedef half_bits cached;
@@ -41,12 +36,6 @@ INLINED Eight load_eight(const cached *p) {
 #endif
     return e;
 }
-
-INLINED float capped(float score, float soft_cap) {
-    return soft_cap > 0.0f ? soft_cap * tanhf(score / soft_cap) : score;
-}
-
-INLINED int first_key(int position, int window) { return window > 0 ? max(0, position - window + 1) : 0; }
 
 // Where a token's key or value of a head starts in the cache.
 INLINED size_t place(int slot, int kv_heads, int head, int block_size) {

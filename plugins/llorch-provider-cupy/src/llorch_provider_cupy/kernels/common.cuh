@@ -52,6 +52,36 @@ INLINED brain_bits to_brain(float f) {
     return (brain_bits)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
 }
 
+// A power of two and its inverse.
+struct PowerOfTwo {
+    float value, inverse;
+};
+
+// The one that, divided by, brings numbers of this size to just below 2^15: none is too large for a half, and small
+// ones keep their bits.
+INLINED PowerOfTwo half_range(float largest) {
+    const int exponent = (int)(__float_as_uint(largest) >> 23) - 127;  // largest < 2^(exponent + 1)
+    const int shift = min(126, max(-126, exponent - 14));
+    PowerOfTwo power;
+    power.value = __uint_as_float((unsigned)(shift + 127) << 23);
+    power.inverse = __uint_as_float((unsigned)(127 - shift) << 23);
+    return power;
+}
+
+// d += a b of a warp, on tensor cores: a is 16 x 16 halves, b 16 x 8, d 16 x 8 float32. How they lie in the lanes'
+// registers: NVIDIA's "PTX ISA", "Matrix Fragments for mma.m16n8k16 with floating point type". Compute capability 8.0.
+INLINED void mma_16_8_16(float *d, const unsigned *a, unsigned b0, unsigned b1) {
+#ifdef EMULATED
+    emulator::mma_16_8_16(d, a, b0, b1, __LINE__);
+#elif __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
 INLINED int lane_index() { return threadIdx.x & 31; }
 INLINED int warp_index() { return threadIdx.x >> 5; }
 

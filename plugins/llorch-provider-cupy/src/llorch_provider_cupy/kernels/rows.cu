@@ -62,21 +62,18 @@ KERNEL(FLAT_THREADS) gather(float *out, const float *x, const int *rows, int dim
 
 // ---- around products on tensor cores ----
 
-// One block a row: x as halves of `stride` columns (zeros behind the last), divided by a power of two that brings the
-// row's largest to just below 2^15: no activation is too large for a half, and small ones keep their bits.
+// One block a row: x as halves of `stride` columns (zeros behind the last), divided by a power of two of the
+// row's own.
 KERNEL(ROW_THREADS) to_halves(half_bits *out, float *scales, const float *x, int cols, int stride) {
     SHARED(float, parts, 32);
     const size_t row = blockIdx.x;
     float largest = 0.0f;
     for (int i = threadIdx.x; i < cols; i += ROW_THREADS) largest = fmaxf(largest, fabsf(x[row * cols + i]));
     largest = block_max(largest, parts, ROW_WARPS);
-    const int exponent = (int)(__float_as_uint(largest) >> 23) - 127;  // largest < 2^(exponent + 1)
-    const int shift = min(126, max(-126, exponent - 14));
-    const float scale = __uint_as_float((unsigned)(shift + 127) << 23);
-    const float inverse = __uint_as_float((unsigned)(127 - shift) << 23);
+    const PowerOfTwo power = half_range(largest);
     for (int i = threadIdx.x; i < stride; i += ROW_THREADS)
-        out[row * stride + i] = to_half(i < cols ? x[row * cols + i] * inverse : 0.0f);
-    if (threadIdx.x == 0) scales[row] = scale;
+        out[row * stride + i] = to_half(i < cols ? x[row * cols + i] * power.inverse : 0.0f);
+    if (threadIdx.x == 0) scales[row] = power.value;
 }
 
 KERNEL(FLAT_THREADS) to_brains(brain_bits *out, const float *x, int cols, int stride) {
