@@ -36,6 +36,7 @@ ENGINE_STOP_SECONDS = 5.0
 CONNECTION_SECONDS = 2  # for connections to close once no job is left; a client that does not read never does
 IDLE_CONNECTION_SECONDS = 75  # longer than an orchestrator's pause between two health checks
 SAME_SIGNAL_SECONDS = 0.1  # supervisors that signal a process and its group send one wish twice
+LAST_SECONDS = 1.0  # of a worker whose engine is given up: who watches /health is to see why
 PROGRESS_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -88,8 +89,11 @@ class WorkerProcess:
         self._engine = EngineThread(
             self._load,
             max_queue=settings.max_queue,
+            step_timeout=settings.step_timeout,
+            on_fatal=self._on_fatal,
             queue_timeout=settings.queue_timeout,
-            stall_seconds=settings.step_timeout,
+            mixed_chunk=settings.mixed_chunk,
+            max_running_per_key=settings.max_running_per_key,
         )
         self._failure: BaseException | None = None
         self._signalled: float | None = None
@@ -108,6 +112,8 @@ class WorkerProcess:
             starting.cancel()
             log.info("shutting down", timeout_s=self._settings.shutdown_timeout)
             await worker.drain(self._settings.shutdown_timeout)
+            if self._engine.fatal is not None:
+                await asyncio.sleep(LAST_SECONDS)
             server.should_exit = True
             await serving
             await self._stop_engine()
@@ -115,11 +121,20 @@ class WorkerProcess:
         if self._failure is not None:
             raise self._failure
 
+    def _on_fatal(self) -> None:
+        """On a thread of the engine's: nothing can be served any more, and a supervisor is to see it."""
+        self._failure = self._engine.fatal
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends already
+            self._loop.call_soon_threadsafe(self._stopping.set)
+
     async def _stop_engine(self) -> None:
-        wait = ENGINE_STOP_SECONDS if self._engine.ready else 0.0  # a load that is under way cannot be told to end
+        # neither a load that is under way nor a step that hangs can be told to end
+        wait = ENGINE_STOP_SECONDS if self._engine.ready else LAST_SECONDS if self._engine.fatal else 0.0
         if not await asyncio.to_thread(self._engine.stop, wait):
             # the interpreter must not be taken down under a thread that is within the device's library
             log.warning("the engine thread is still busy: ended without it")
+            if self._failure is not None:
+                print(f"llorch: error: {self._failure}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(1 if self._failure is not None else 0)
 

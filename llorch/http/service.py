@@ -54,25 +54,28 @@ class Worker:
     @property
     def unavailable(self) -> str | None:
         """Why no job is taken now; None where one is."""
-        if self.draining:
-            return "the worker is shutting down: send the request to another"
         if (reason := self.engine.health()) is not None:
             return reason
+        if self.draining:
+            return "the worker is shutting down: send the request to another"
         if self.loading:
             return f"the model is loading ({self.engine.progress:.0%}): try again soon"
         return None
 
-    async def start(self, raw: bytes) -> JobStream:
-        """Accepts a job into the queue. Raises BodyError, JobExistsError, QueueFullError, EngineUnavailableError."""
-        with self.counted():
-            return await self._start(raw)
+    async def start(self, raw: bytes, key: str | None = None) -> JobStream:
+        """Accepts a job into the queue. Raises BodyError, JobExistsError, QueueFullError, EngineUnavailableError.
 
-    async def _start(self, raw: bytes) -> JobStream:
+        `key`: whose it is, where there are API keys.
+        """
+        with self.counted():
+            return await self._start(raw, key)
+
+    async def _start(self, raw: bytes, key: str | None) -> JobStream:
         llm = self.ready()
         body = ExecuteBody(**parse_body(raw, execute_fields(self.max_tokens_limit, llm.config.vocab_size)))
         events: asyncio.Queue[Event] = asyncio.Queue()
         job = self.open_job(body.job_id, events.put_nowait)
-        tokens = await self.queue([job], lambda: self._submit(llm, body, job))
+        tokens = await self.queue([job], lambda: self._submit(llm, body, job, key))
         _log_accepted(body, tokens)
         return JobStream(job, events, llm.config.name, self.engine, self.timing)
 
@@ -123,7 +126,7 @@ class Worker:
         self.metrics.accepted.inc(len(jobs))
         return found
 
-    def _submit(self, llm: LLM, body: ExecuteBody, job: Job) -> int:
+    def _submit(self, llm: LLM, body: ExecuteBody, job: Job, key: str | None) -> int:
         """Tokenizes and queues; returns the prompt's length in tokens."""
         tokens = llm.tokenizer.encode(body.prompt, add_special=True, parse_special=True)
         request = Request(
@@ -132,6 +135,8 @@ class Worker:
             max_tokens=body.max_tokens or self.max_tokens_limit,
             sampling=body.sampling,
             stop=body.stop,
+            priority=body.priority,
+            key=key,
         )
         try:
             self.engine.submit(request, job.emit)
