@@ -24,10 +24,12 @@ from llorch.core.loader import Progress
 from llorch.errors import EngineError, LlorchError, SettingsError
 from llorch.http.app import create_app
 from llorch.http.callback import announce
+from llorch.http.heartbeat import beat
 from llorch.http.logs import configure_logging
 from llorch.http.service import Worker
 from llorch.http.settings import ServeSettings
 from llorch.http.stream import Timing
+from llorch.http.traces import Tracer
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -95,6 +97,7 @@ class WorkerProcess:
             mixed_chunk=settings.mixed_chunk,
             max_running_per_key=settings.max_running_per_key,
         )
+        self._tracer = Tracer() if settings.traces else None
         self._failure: BaseException | None = None
         self._signalled: float | None = None
 
@@ -108,6 +111,7 @@ class WorkerProcess:
             serving.add_done_callback(lambda _: self._stopping.set())
             starting = asyncio.create_task(self._start())
             starting.add_done_callback(self._started)
+            heart = asyncio.create_task(self._beat(worker, starting))
             await self._stopping.wait()
             starting.cancel()
             log.info("shutting down", timeout_s=self._settings.shutdown_timeout)
@@ -116,6 +120,9 @@ class WorkerProcess:
                 await asyncio.sleep(LAST_SECONDS)
             server.should_exit = True
             await serving
+            heart.cancel()
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
             await self._stop_engine()
         log.info("stopped")
         if self._failure is not None:
@@ -141,7 +148,7 @@ class WorkerProcess:
     def _worker(self) -> Worker:
         settings = self._settings
         timing = Timing(settings.keep_alive, settings.metrics_interval, settings.request_timeout)
-        return Worker(self._engine, max_tokens_limit=settings.max_tokens_limit, timing=timing)
+        return Worker(self._engine, max_tokens_limit=settings.max_tokens_limit, timing=timing, tracer=self._tracer)
 
     def _server(self, worker: Worker) -> QuietServer:
         config = uvicorn.Config(
@@ -205,6 +212,13 @@ class WorkerProcess:
         report = LoadReport(str(settings.model), self._uri, progress)
         report(0.0, "starting")
         return load(settings.model, **settings.load_options(), progress=report)
+
+    async def _beat(self, worker: Worker, starting: asyncio.Task[None]) -> None:
+        """From when the worker is ready; one that cannot start has no heart."""
+        await asyncio.wait([starting])
+        settings = self._settings
+        if settings.heartbeat_url is not None and not starting.cancelled() and starting.exception() is None:
+            await beat(worker, settings.heartbeat_url, self._worker_id, settings.heartbeat_interval)
 
     async def _announce(self, url: str, llm: LLM) -> None:
         registration = {

@@ -25,6 +25,7 @@ from llorch.http.bodies import BodyError, ExecuteBody, Violation, execute_fields
 from llorch.http.job import Deliver, Job, Mailbox
 from llorch.http.metrics import Metrics
 from llorch.http.stream import JobStream, Timing
+from llorch.http.traces import Tracer
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -36,8 +37,15 @@ FLUSH_SECONDS = 2.0  # for the last event of a stream that is ended from here to
 class Worker:
     """One model behind HTTP. Belongs to the event loop; the engine has a thread of its own."""
 
-    def __init__(self, engine: EngineThread, *, max_tokens_limit: int = 2048, timing: Timing | None = None) -> None:
-        self.engine = engine
+    def __init__(
+        self,
+        engine: EngineThread,
+        *,
+        max_tokens_limit: int = 2048,
+        timing: Timing | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.engine, self.tracer = engine, tracer
         self.metrics = Metrics(engine.stats)
         self.max_tokens_limit = max_tokens_limit
         self.draining = False
@@ -170,6 +178,8 @@ class Worker:
         return True
 
     def _forget(self, job: Job) -> None:
+        if self.tracer is not None and job.last is not None:
+            self.tracer.record(job)
         self._jobs.pop(job.job_id, None)
         if not self._jobs:
             self._idle.set()

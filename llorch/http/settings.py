@@ -27,6 +27,11 @@ class ServeSettings(ChatModelSettings):
     )
     callback_timeout: float = Field(10.0, gt=0, description="seconds that one try of the callback may take")
     callback_pause: float = Field(0.5, ge=0, description="seconds before the second try; the pause doubles each time")
+    heartbeat_url: str | None = Field(None, description="URL that is told every so often how busy this worker is")
+    heartbeat_interval: float = Field(30.0, gt=0, description="seconds between two heartbeats")
+    traces: bool = Field(
+        False, description="send OpenTelemetry traces to where OTEL_EXPORTER_OTLP_ENDPOINT says (extra `otel`)"
+    )
     uri: str | None = Field(None, description="where the pool reaches this worker, http://HOST:PORT by default")
 
     max_queue: int = Field(64, ge=0, description="requests that may wait for a place")
@@ -72,7 +77,7 @@ class ServeSettings(ChatModelSettings):
             raise ValueError("--max-running-per-key needs API keys: set LLORCH_API_KEY")
         return self
 
-    @field_validator("callback_url")
+    @field_validator("callback_url", "heartbeat_url")
     @classmethod
     def _is_http(cls, value: str | None) -> str | None:
         if value is not None and TEST_CALLBACK not in value and not value.startswith(("http://", "https://")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,22 +17,25 @@ import pytest
 from llorch.providers.conformance.models import TinyModel, write_model
 from tests.server.conftest import Start
 from tests.server.process import Server, eventually, execute, run
+from tests.server.scripted import SPACE
+from tests.server.scripted import write_model as write_script
 
 SHARED, OWN = 1000, 20
+WHOLE = SHARED // 32 * 32  # the 8 tokens behind are not worth the copy of a block
 CHUNK, PACE = 64, 0.002  # tokens, and seconds that the provider takes for each: a chunk is 128 ms
 STREAMS, LONG = 8, 2000
 
 
 def prompt(seed: str, tokens: int) -> list[int]:
     numbers = random.Random(seed)
-    return [1, *(numbers.randrange(3, 290) for _ in range(tokens - 1))]
+    return [1, *(numbers.randrange(3, 256) for _ in range(tokens - 1))]
 
 
 @pytest.fixture(scope="module")
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, and a context that long prompts fit in."""
-    model = TinyModel(context=2304, layers=1, seed=11)
-    return write_model(model, tmp_path_factory.mktemp("model") / "long.gguf")
+    """Says a b a b ... for ever, a token a word; and a context that long prompts fit in."""
+    script = [f"{SPACE}a", f"{SPACE}b", f"{SPACE}a"]
+    return write_script(tmp_path_factory.mktemp("model") / "long.gguf", script, context=2304)
 
 
 @pytest.fixture(scope="module")
@@ -71,31 +75,38 @@ def text_of(answer: dict[str, Any]) -> str:
 # ---- reuse ----
 
 
-def test_a_prompt_that_shares_its_first_thousand_tokens_starts_at_least_five_times_sooner(paced: Server) -> None:
-    shared = prompt("shared", SHARED)
-    with paced.client() as client:
-        seconds = []
-        for own in ("cold", "warm"):
-            began = time.monotonic()
-            answer = complete(client, shared + prompt(own, OWN))
-            seconds.append(time.monotonic() - began)
-        assert cached(answer) == SHARED
-        assert seconds[0] / seconds[1] >= 5, f"{seconds[0]:.2f} s, then {seconds[1]:.2f} s"
-    assert paced.metrics()["llorch_prefix_cache_hit_tokens_total"] >= SHARED
+def test_a_prompt_that_shares_its_first_thousand_tokens_starts_at_least_five_times_sooner(
+    start: Start, tmp_path: Path
+) -> None:
+    model = TinyModel(context=2304, dim=512, layers=4, heads=8, ffn=1536, seed=12)
+    server = start("--parallel", "2", model=write_model(model, tmp_path / "model.gguf")).wait_healthy()
+    ratios = []
+    with server.client() as client:
+        for turn in range(3):
+            shared, seconds = prompt(f"shared {turn}", SHARED), []
+            for own in ("cold", "warm"):
+                began = time.monotonic()
+                answer = complete(client, [*shared, *prompt(own, OWN)[1:]])
+                seconds.append(time.monotonic() - began)
+            assert cached(answer) == WHOLE
+            ratios.append(seconds[0] / seconds[1])
+    assert statistics.median(ratios) >= 5, ratios
+    assert server.metrics()["llorch_prefix_cache_hit_tokens_total"] == 3 * WHOLE
+    server.close()
 
 
 def test_usage_counts_what_was_cached_once_for_each_prompt_and_a_switch_turns_it_off(start: Start) -> None:
     server = start().wait_healthy()
     off = start("--no-prefix-cache").wait_healthy()
-    first, other = prompt("a", 70), prompt("b", 70)
+    first, other = prompt("a", 81), prompt("b", 81)
     with server.client() as client, off.client() as without:
         new = complete(client, first, max_tokens=8)
         assert cached(new) == 0
         again = complete(client, first, max_tokens=8, n=3, seed=1)
-        assert cached(again) == 69  # all but the last token, whose logits are wanted
+        assert cached(again) == 80  # all but the last token, whose logits are wanted
         assert text_of(again) == text_of(new)
         both = client.post("/v1/completions", json={"prompt": [first, other], "max_tokens": 1}).json()
-        assert cached(both) == 69
+        assert cached(both) == 80
         assert [cached(complete(without, first, max_tokens=8)) for _ in range(2)] == [0, 0]
         assert text_of(complete(without, first, max_tokens=8)) == text_of(new)
     server.close()
@@ -105,7 +116,7 @@ def test_usage_counts_what_was_cached_once_for_each_prompt_and_a_switch_turns_it
 def test_a_cache_that_is_too_small_for_all_pauses_the_youngest_and_serves_everyone(start: Start) -> None:
     small = start("--context", "256", "--cache-tokens", "256", "--parallel", "4").wait_healthy()
     roomy = start("--context", "256").wait_healthy()
-    jobs = [{"prompt": "The dog ran " * (3 + i), "max_tokens": 120, "temperature": 0, "seed": i} for i in range(6)]
+    jobs = [{"prompt": "The dog ran " * (3 + i), "max_tokens": 120, "temperature": 0} for i in range(6)]
 
     def answers(server: Server) -> list[list[dict[str, Any]]]:
         found: dict[int, list[dict[str, Any]]] = {}
@@ -149,7 +160,7 @@ def test_a_long_prompt_holds_up_eight_streams_by_no_more_than_twice_the_time_of_
     def stream(i: int) -> None:
         with (
             paced.client() as client,
-            execute(client, job_id=f"s{i}", prompt=f"a{i}", max_tokens=2000, temperature=0, seed=i) as events,
+            execute(client, job_id=f"s{i}", prompt="a", max_tokens=2000, temperature=0) as events,
         ):
             for event in events:
                 if event["type"] == "token":
@@ -174,7 +185,7 @@ def test_a_long_prompt_holds_up_eight_streams_by_no_more_than_twice_the_time_of_
         for earlier, later in pairwise(moments)
         if began < later and earlier < ended
     ]
-    mixed = [step for step in steps if step["prompt_tokens"] == CHUNK - STREAMS]
+    mixed = [step for step in steps if step["prompt_tokens"] == CHUNK]
     assert len(mixed) >= LONG // CHUNK - 1
     assert all(step["decodes"] == STREAMS for step in mixed)
     assert max(gaps) <= 2 * CHUNK * PACE, f"{max(gaps):.3f} s, a chunk takes {CHUNK * PACE:.3f} s"
@@ -253,9 +264,10 @@ def test_the_debug_route_shows_requests_blocks_and_steps_but_no_prompt(paced: Se
     with (
         paced.client() as client,
         paced.client() as other,
-        execute(client, job_id="seen", prompt="abc", max_tokens=500, temperature=0, priority=3) as stream,
+        execute(client, job_id="seen", prompt="zebra a", max_tokens=500, temperature=0, priority=3) as stream,
     ):
-        stream.next("token")
+        for _ in range(3):
+            stream.next("token")
         found = other.get("/debug/engine").json()
         (job,) = found["running"]
         assert (job["job_id"], job["priority"]) == ("seen", 3)
@@ -267,5 +279,5 @@ def test_the_debug_route_shows_requests_blocks_and_steps_but_no_prompt(paced: Se
         health = other.get("/health").json()
         assert (health["running"], health["waiting"]) == (1, 0)
         assert health["kv_blocks_free"] == found["stats"]["kv_blocks_total"] - job["kv_blocks"]
-        assert "abc" not in str(found)
+        assert "zebra" not in str(found)
     assert len(found["steps"]) <= 256

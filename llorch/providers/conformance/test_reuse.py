@@ -14,7 +14,7 @@ from llorch.core.requests import Ended, Event, Request, SamplingParams, Started,
 from llorch.providers.conformance.models import TinyModel, write_model
 from llorch.providers.conformance.rig import Rig
 
-MODEL = TinyModel(type="Q8_0", seed=24)
+MODEL = TinyModel(type="Q8_0", gain=3.0, seed=25)  # its tokens hang on what attention finds
 COUNT = 40
 
 
@@ -72,8 +72,8 @@ def assert_same(found: list[Event], expected: list[Event], exact: bool) -> None:
 
 
 def test_a_prompt_whose_beginning_is_in_the_cache_gives_the_same_text(load: Any, provider: Any) -> None:
-    first = prompt(0, 100)
-    later = [first, [*first[:80], *prompt(1, 30)], [*first[:64], *prompt(2, 3)]]
+    first = prompt(0, 120)
+    later = [first, [*first[:90], *prompt(1, 30)], [*first[:64], *prompt(2, 3)]]
     with load(prefix_cache=False) as llm:
         expected = [run(llm, [tokens])[0][0] for tokens in later]
         assert [cached(events) for events in expected] == [0, 0, 0]
@@ -81,7 +81,7 @@ def test_a_prompt_whose_beginning_is_in_the_cache_gives_the_same_text(load: Any,
         run(llm, [first])
         found = [run(llm, [tokens])[0][0] for tokens in later]
         together, _ = run(llm, later)
-    assert [cached(events) for events in found] == [99, 80, 64], "whole blocks, then the beginning of another"
+    assert [cached(events) for events in found] == [119, 90, 64], "whole blocks, then the beginning of another"
     for one, both, wanted in zip(found, together, expected, strict=True):
         assert_same(one, wanted, provider.batch_invariant)
         assert_same(both, wanted, provider.batch_invariant)
@@ -99,14 +99,14 @@ def test_sequences_that_are_preempted_give_the_same_text(load: Any, provider: An
 
 
 def test_a_block_that_is_not_copied_is_found(load: Any, provider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = prompt(0, 100)
-    other = [*first[:80], *prompt(1, 30)]
+    first = prompt(0, 120)
+    other = [*first[:90], *prompt(1, 30)]
     with load(prefix_cache=False) as llm:
         ((expected,), _) = run(llm, [other])
     with load() as llm:
         run(llm, [first])
         monkeypatch.setattr(llm._bound.sequences, "_copy", lambda src, dst: None)
         ((found,), _) = run(llm, [other])
-        assert cached(found) == 80
+        assert cached(found) == 90
     with pytest.raises(AssertionError, match="other"):
         assert_same(found, expected, provider.batch_invariant)
