@@ -47,7 +47,7 @@ def paced(start: Start, long_model: Path) -> Iterator[Server]:
         "--parallel",
         str(STREAMS + 1),
         "--chunk",
-        str(CHUNK),
+        "512",
         "--mixed-chunk",
         str(CHUNK),
     )
