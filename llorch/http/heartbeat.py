@@ -26,7 +26,7 @@ async def beat(worker: Worker, url: str, worker_id: str, interval: float) -> Non
                 (await client.post(url, json=_state(worker, worker_id))).raise_for_status()
             except httpx.HTTPStatusError as error:
                 log.warning("heartbeat not taken", heartbeat=shown_url(url), status=error.response.status_code)
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
                 log.warning("heartbeat not taken", heartbeat=shown_url(url), reason=f"{type(error).__name__}: {error}")
             due = max(due + interval, loop.time())
             await asyncio.sleep(due - loop.time())

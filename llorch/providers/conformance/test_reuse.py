@@ -98,14 +98,15 @@ def test_sequences_that_are_preempted_give_the_same_text(load: Any, provider: An
         assert_same(one, wanted, provider.batch_invariant)
 
 
-def test_a_block_that_is_not_copied_is_found(load: Any, provider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_of_another_block_is_found(load: Any, provider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prompt(0, 120)
     other = [*first[:90], *prompt(1, 30)]
     with load(prefix_cache=False) as llm:
         ((expected,), _) = run(llm, [other])
     with load() as llm:
         run(llm, [first])
-        monkeypatch.setattr(llm._bound.sequences, "_copy", lambda src, dst: None)
+        copy = llm._bound.sequences._copy
+        monkeypatch.setattr(llm._bound.sequences, "_copy", lambda src, dst: copy(src - 1, dst))
         ((found,), _) = run(llm, [other])
         assert cached(found) == 90
     with pytest.raises(AssertionError, match="other"):
