@@ -205,6 +205,6 @@ class EngineThread:
             step = self._step
             if waited >= self._step_timeout:
                 self._give_up(
-                    engine, f"a step of the engine has made no progress for {waited:.0f} s, the limit is --step-timeout"
+                    engine, f"a step of the engine has made no progress for {waited:.1f} s, the limit is --step-timeout"
                 )
                 return

@@ -115,7 +115,7 @@ class WorkerProcess:
             await self._stopping.wait()
             starting.cancel()
             log.info("shutting down", timeout_s=self._settings.shutdown_timeout)
-            await worker.drain(self._settings.shutdown_timeout)
+            await worker.drain(self._settings.shutdown_timeout if self._engine.fatal is None else LAST_SECONDS)
             if self._engine.fatal is not None:
                 await asyncio.sleep(LAST_SECONDS)
             server.should_exit = True
