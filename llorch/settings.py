@@ -28,7 +28,6 @@ from llorch.errors import SettingsError
 ENV_PREFIX = "LLORCH_"
 TOML = "llorch.toml"
 _NONE = "\0"  # what pydantic-settings reads as None; a prompt or name may well be "null", but no argument holds a NUL
-DEVICE_OPTIONS = ("threads", "gpu_memory", "prefill_weights")  # what llorch.load passes to the provider
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT", "list[str]": "TEXT"}
 _NOUNS = {int: "a whole number", float: "a number", bool: "true or false"}
 _EPILOG = (
@@ -105,6 +104,13 @@ class ModelSettings(CommandSettings):
     device: str | None = Field(None, description="one of the provider's devices, its best by default")
     context: int | None = Field(None, ge=2, description="most tokens of a sequence, the model's own limit by default")
     cache_type: Literal["f32", "f16"] | None = Field(None, description="KV cache type, the provider's by default")
+    cache_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of all sequences that the KV cache holds, by default those of every place, or what half of "
+        "the free memory holds",
+    )
+    prefix_cache: bool = Field(True, description="share what is computed of prompts that begin alike")
     parallel: int = Field(8, ge=1, le=4096, description="sequences that run together")
     chunk: int = Field(512, ge=1, description="most prompt tokens of one step")
     threads: int | None = Field(None, ge=1, description="CPU threads, the provider's choice by default")
@@ -117,8 +123,8 @@ class ModelSettings(CommandSettings):
 
     def load_options(self) -> dict[str, Any]:
         """These settings as keywords of llorch.load, but for the model itself."""
-        names = ("provider", "device", "context", "cache_type", "parallel", "chunk", *DEVICE_OPTIONS)
-        return {name: getattr(self, name) for name in names}
+        others = {"model", *CommandSettings.model_fields}
+        return {name: getattr(self, name) for name in ModelSettings.model_fields if name not in others}
 
 
 class ChatModelSettings(ModelSettings):

@@ -179,7 +179,7 @@ class Blocks:
         if blocks is None:
             raise ContextOverflowError(
                 f"{self._tokens} tokens need {self._allocator.blocks_for(self._tokens)} cache blocks, "
-                f"{self._allocator.free} are free: wait for running requests, or load with a larger parallel"
+                f"{self._allocator.free} are free: wait for running requests, or load with more cache_tokens"
             )
         self._blocks = blocks
         return blocks

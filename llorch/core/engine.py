@@ -112,18 +112,18 @@ class Engine:
             return True
 
     def stats(self) -> EngineStats:
+        """Without the lock: /health asks, and must not wait for whoever has it."""
         allocator = self._model.allocator
-        with self._lock:
-            return replace(
-                self._counts,
-                running=len(self._scheduler.running),
-                waiting=len(self._scheduler.waiting),
-                kv_blocks_used=allocator.used,
-                kv_blocks_kept=allocator.kept,
-                prefix_hit_tokens=self._model.sequences.hit_tokens,
-                evictions=allocator.evictions,
-                preemptions=self._scheduler.preemptions,
-            )
+        return replace(
+            self._counts,
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_blocks_used=allocator.used,
+            kv_blocks_kept=allocator.kept,
+            prefix_hit_tokens=self._model.sequences.hit_tokens,
+            evictions=allocator.evictions,
+            preemptions=self._scheduler.preemptions,
+        )
 
     def jobs(self) -> tuple[list[JobRecord], list[JobRecord]]:
         """Those that run and those that wait, in order of rank."""

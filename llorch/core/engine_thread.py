@@ -6,24 +6,32 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from llorch.core.engine import Engine
 from llorch.core.requests import Request
 from llorch.core.scheduler import Emit
 from llorch.core.stats import EngineStats
-from llorch.errors import EngineError, EngineUnavailableError, LlorchError
+from llorch.errors import EngineUnavailableError, LlorchError
 
 if TYPE_CHECKING:
     from llorch.core.llm import LLM
 
 log = logging.getLogger(__name__)
 
+MOST_FAILURES, FAILURE_SECONDS = 3, 60.0  # an engine that fails so often within this time is given up
+RESTART_SECONDS = 1.0  # the device gets a moment, and whoever watches /health sees that something was wrong
+WATCH_SECONDS = 0.25  # between two looks at the step that runs
+
 
 class EngineThread:
-    """Loads a model, then steps its engine, on one thread: all of a device's calls come from it.
+    """Loads a model, then steps its engine, on one thread at a time: all of a device's calls come from it.
 
-    `on_ready` and `on_failed` are called from that thread.
+    A thread that fails ends all jobs in flight with an error that says they may be tried again, and is replaced by
+    another with the same weights and an empty cache. The third failure within a minute is final, and so is a step that
+    takes longer than `step_timeout` seconds: nothing can stop a kernel. `on_ready`, `on_failed` (the load failed) and
+    `on_fatal` are called from these threads.
     """
 
     def __init__(
@@ -31,21 +39,26 @@ class EngineThread:
         load: Callable[[Callable[[float, str], None]], LLM],
         *,
         max_queue: int = 64,
-        queue_timeout: float | None = None,
-        stall_seconds: float = 60.0,
+        step_timeout: float = 60.0,
+        restart_seconds: float = RESTART_SECONDS,
         on_ready: Callable[[], None] = lambda: None,
         on_failed: Callable[[], None] = lambda: None,
+        on_fatal: Callable[[], None] = lambda: None,
+        **engine_options: Any,
     ) -> None:
-        self._load, self._max_queue, self._queue_timeout = load, max_queue, queue_timeout
-        self._stall_seconds = stall_seconds
-        self.on_ready, self.on_failed = on_ready, on_failed
+        """`engine_options`: further ones of LLM.engine."""
+        self._load, self._max_queue, self._engine_options = load, max_queue, engine_options
+        self._step_timeout, self._restart_seconds = step_timeout, restart_seconds
+        self.on_ready, self.on_failed, self.on_fatal = on_ready, on_failed, on_fatal
         self.progress, self.progress_text = 0.0, "starting"
         self.load_error: BaseException | None = None
+        self.fatal: EngineUnavailableError | None = None  # why the process should end
         self.llm: LLM | None = None
         self._engine: Engine | None = None
-        self._failure: str | None = None
+        self._failure: str | None = None  # why no job is taken now
+        self._failures: list[float] = []  # when the engine failed
         self._stopping = threading.Event()
-        self._last_step = time.monotonic()
+        self._step = 0  # the number of the step that runs; 0: none does
         self._thread = threading.Thread(target=self._main, name="llorch-engine", daemon=True)
 
     def start(self) -> None:
@@ -60,8 +73,13 @@ class EngineThread:
         """How many requests can run and wait at once."""
         return self._max_queue + (0 if self.llm is None else self.llm.limits.max_sequences)
 
+    @property
+    def engine(self) -> Engine | None:
+        """To look at; None while the model loads."""
+        return self._engine
+
     def submit(self, request: Request, emit: Emit) -> None:
-        """As Engine.submit; raises EngineUnavailableError while loading, stopping or dead."""
+        """As Engine.submit; raises EngineUnavailableError while loading, stopping, failed or being replaced."""
         if self._stopping.is_set():
             raise EngineUnavailableError("the worker is shutting down: send the request to another")
         if self._engine is None:
@@ -74,19 +92,12 @@ class EngineThread:
         return self._engine is not None and self._engine.cancel(job_id, error)
 
     def stats(self) -> EngineStats:
-        return self._engine.stats() if self._engine is not None else EngineStats()
+        found = self._engine.stats() if self._engine is not None else EngineStats()
+        return replace(found, failures=len(self._failures))
 
     def health(self) -> str | None:
         """None while all is well (loading included), else the reason."""
-        if self._failure is not None:
-            return self._failure
-        engine = self._engine
-        if engine is not None and not self._thread.is_alive() and not self._stopping.is_set():
-            return "the engine thread is dead: restart the worker"
-        idle = time.monotonic() - self._last_step
-        if engine is not None and engine.busy and idle > self._stall_seconds:
-            return f"the engine made no progress for {idle:.0f} s while requests run"
-        return None
+        return self._failure
 
     def stop(self, timeout: float) -> bool:
         """Fails what still runs, ends the thread and closes the model; False where it did not end in time."""
@@ -95,8 +106,9 @@ class EngineThread:
         if engine is not None:
             with engine.wake:
                 engine.wake.notify_all()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
+        deadline = time.monotonic() + timeout
+        while (thread := self._thread).is_alive() and time.monotonic() < deadline:  # it may have a successor by then
+            thread.join(deadline - time.monotonic())
         return not self._thread.is_alive()
 
     # ---- on the thread ----
@@ -104,34 +116,72 @@ class EngineThread:
     def _main(self) -> None:
         try:
             self.llm = self._load(self._on_progress)
+            engine = self.llm.engine(max_queue=self._max_queue, **self._engine_options)
         except BaseException as error:  # noqa: BLE001 -- kept and reported by whoever started the thread
             self.load_error = error
             self._failure = f"loading failed: {error}"
             self.on_failed()
             return
         self.progress, self.progress_text = 1.0, "ready"
-        engine = self.llm.engine(max_queue=self._max_queue, queue_timeout=self._queue_timeout)
-        self._last_step = time.monotonic()
         self._engine = engine
+        threading.Thread(target=self._watch, args=(engine,), name="llorch-watchdog", daemon=True).start()
         self.on_ready()
+        self._run(self.llm, engine)
+
+    def _run(self, llm: LLM, engine: Engine) -> None:
+        """Serves until the worker stops, or the engine fails."""
+        self._failure = None
         try:
             self._serve(engine)
-        except Exception as error:
-            log.exception("the engine failed")
-            self._failure = f"the engine failed: {type(error).__name__}: {error}"
-            engine.fail_all(EngineError(self._failure))
-        else:
-            engine.fail_all(EngineUnavailableError("the worker shut down before the job was done"))
+        except BaseException as error:  # whatever ends the thread, another takes its place
+            log.error("the engine failed", exc_info=error)
+            if self.fatal is None and self._replace(llm, engine, error):
+                return
+        engine.fail_all(EngineUnavailableError("the worker shut down before the job was done"))
+        llm.close()
+
+    def _replace(self, llm: LLM, engine: Engine, error: BaseException) -> bool:
+        """Ends all jobs and starts another thread. False where it is one failure too many, or the worker stops."""
+        now = time.monotonic()
+        self._step = 0
+        self._failures.append(now)
+        recent = sum(now - failed < FAILURE_SECONDS for failed in self._failures)
+        reason = f"the engine failed: {type(error).__name__}: {error}"
+        if recent >= MOST_FAILURES:
+            self._give_up(engine, f"{reason}; {recent} failures within {FAILURE_SECONDS:.0f} s")
+            return False
+        self._failure = reason
+        engine.fail_all(EngineUnavailableError(reason))
+        engine.forget()
+        self._stopping.wait(self._restart_seconds)
+        if self._stopping.is_set():
+            return False
+        log.warning("the engine starts again, with the weights kept (failure %d of %d)", recent, MOST_FAILURES)
+        successor = threading.Thread(target=self._run, args=(llm, engine), name="llorch-engine", daemon=True)
+        successor.start()
+        self._thread = successor
+        return True
+
+    def _give_up(self, engine: Engine, reason: str) -> None:
+        self.fatal = EngineUnavailableError(reason)
+        self._failure = reason
+        log.error("the engine is given up: %s", reason)
+        try:
+            engine.fail_all(self.fatal)
         finally:
-            self.llm.close()
+            self.on_fatal()
 
     def _serve(self, engine: Engine) -> None:
-        while not self._stopping.is_set():
+        number = 0
+        while not self._stopping.is_set() and self.fatal is None:
             with engine.wake:
                 while not engine.busy and not self._stopping.is_set():
                     engine.wake.wait()
-                self._last_step = time.monotonic()
-            if not engine.step():
+            number += 1
+            self._step = number
+            ran = engine.step()
+            self._step = 0
+            if not ran:
                 self._rest(engine)
 
     def _rest(self, engine: Engine) -> None:
@@ -142,3 +192,19 @@ class EngineThread:
 
     def _on_progress(self, fraction: float, text: str) -> None:
         self.progress, self.progress_text = fraction, text
+
+    # ---- on the watchdog's thread ----
+
+    def _watch(self, engine: Engine) -> None:
+        """Gives the engine up when a step does not end. Counts its own ticks: a process that was stopped for a while
+        (a laptop's lid, a debugger) has not stalled."""
+        tick = min(WATCH_SECONDS, self._step_timeout / 4)
+        step, waited = 0, 0.0
+        while not self._stopping.wait(tick):
+            waited = waited + tick if self._step and self._step == step else 0.0
+            step = self._step
+            if waited >= self._step_timeout:
+                self._give_up(
+                    engine, f"a step of the engine has made no progress for {waited:.1f} s, the limit is --step-timeout"
+                )
+                return

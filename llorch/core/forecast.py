@@ -115,8 +115,8 @@ class Forecaster:
         raise DeviceMemoryError(
             f"{self._config.name} with a context of {limits.max_context} tokens needs {shown(need.total)} on "
             f"{self._provider.name} {self._device.info.name} (weights {shown(need.weights)}, KV cache of "
-            f"{holds} {shown(need.cache)}, working memory {shown(need.working)}), {shown(room.free)} of {shown(room.total)} "
-            f"are free: {remedy}"
+            f"{holds} {shown(need.cache)}, working memory {shown(need.working)}), {shown(room.free)} of "
+            f"{shown(room.total)} are free: {remedy}"
         )
 
     def _build(self, limits: Limits, spec: CacheSpec, sizes: _Sizes, specs: list[OpSpec]) -> None:

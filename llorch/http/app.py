@@ -9,6 +9,7 @@ from litestar.types import ASGIApp
 from llorch.http import page
 from llorch.http.auth import APIKeys
 from llorch.http.bodies import CANCEL_FIELDS, execute_fields
+from llorch.http.debug import DEBUG_ROUTES
 from llorch.http.docs import Body, assets_router, docs_config
 from llorch.http.errors import EXCEPTION_HANDLERS
 from llorch.http.logs import RequestLog
@@ -39,7 +40,7 @@ def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
         ),
     }
     app = Litestar(
-        route_handlers=[*ROUTES, *TOKEN_ROUTES, *OPENAI_ROUTES, *page.ROUTES, assets_router()],
+        route_handlers=[*ROUTES, *TOKEN_ROUTES, *DEBUG_ROUTES, *OPENAI_ROUTES, *page.ROUTES, assets_router()],
         dependencies={
             "worker": Provide(lambda: worker, sync_to_thread=False),
             "completions": Provide(lambda: completions, sync_to_thread=False),

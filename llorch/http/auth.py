@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
+from typing import Any, cast
 
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
@@ -13,7 +14,13 @@ from llorch.http import page
 from llorch.http.errors import send_json
 from llorch.http.openai.errors import error_body, is_openai
 
+KEY_IN_SCOPE = "llorch.key"  # whose request it is: a digest of the key
 OPEN_PATHS = page.OPEN_PATHS | {"/health"}
+
+
+def key_of(scope: Scope) -> str | None:
+    """Whose request this is; None where no keys are set."""
+    return cast(dict[str, Any], scope).get(KEY_IN_SCOPE)
 
 
 class APIKeys:
@@ -33,6 +40,7 @@ class APIKeys:
         elif not self._known(token):
             await _refuse(send, scope["path"], "INVALID_API_KEY", "this API key is not one of the worker's")
         else:
+            cast(dict[str, Any], scope)[KEY_IN_SCOPE] = _digest(token).hex()
             await self._app(scope, receive, send)
 
     def _known(self, token: bytes) -> bool:

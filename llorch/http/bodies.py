@@ -224,6 +224,13 @@ class Texts(Field):
 
 JOB_ID = Text(name="job_id", required=True, description="The job's name, unique among those that wait or run.")
 CANCEL_FIELDS: tuple[Field, ...] = (JOB_ID,)
+PRIORITY = Integer(
+    name="priority",
+    low=-100,
+    high=100,
+    default=0,
+    description="Of the requests that wait, those with the lowest number run first.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +247,7 @@ class ExecuteBody:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = field(default=(), repr=False)
+    priority: int = 0
 
     @property
     def sampling(self) -> SamplingParams:
@@ -312,6 +320,7 @@ def execute_fields(max_tokens_limit: int, vocab_size: int | None) -> tuple[Field
             default=[],
             description="Strings that end the text; they are not part of it. Each is 1 to 100 characters long.",
         ),
+        PRIORITY,
     )
 
 

@@ -29,7 +29,7 @@ async def announce(url: str, registration: dict[str, Any], *, timeout: float, pa
     `timeout` is the time limit of each try and `pause` the wait after the first, both in seconds; the wait doubles.
     """
     if TEST_CALLBACK in url:
-        log.info("callback skipped: the URL says test mode", callback=_shown(url))
+        log.info("callback skipped: the URL says test mode", callback=shown_url(url))
         return
     tries = AsyncRetrying(
         stop=stop_after_attempt(TRIES),
@@ -46,10 +46,10 @@ async def announce(url: str, registration: dict[str, Any], *, timeout: float, pa
     except RetryError as error:
         reason = _reason(error.last_attempt.exception())
         raise CallbackError(
-            f"the callback to {_shown(url)} failed {TRIES} times, last: {reason}; "
+            f"the callback to {shown_url(url)} failed {TRIES} times, last: {reason}; "
             "check --callback-url and that the pool manager runs"
         ) from error
-    log.info("callback sent", callback=_shown(url), status=response.status_code)
+    log.info("callback sent", callback=shown_url(url), status=response.status_code)
 
 
 def _log_failure(state: RetryCallState) -> None:
@@ -64,7 +64,7 @@ def _reason(failure: BaseException | None) -> str:
     return f"{type(failure).__name__}: {failure}"
 
 
-def _shown(url: str) -> str:
+def shown_url(url: str) -> str:
     """The URL without what may be secret in it: user, password and query."""
     parsed = httpx.URL(url)
     return str(parsed.copy_with(username=None, password=None, query=None, fragment=None))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import structlog
 
 from llorch.core.engine_thread import EngineThread
-from llorch.core.requests import Ended, Event, Failed, Token
+from llorch.core.requests import Ended, Event, Failed, Started, Token
 from llorch.errors import CancelledError, LlorchError
 from llorch.http.metrics import Metrics
 
@@ -44,6 +45,25 @@ class Mailbox:
             deliver(event)
 
 
+@dataclass
+class Moments:
+    """When what happened to a job, in seconds since the epoch; 0 where it did not."""
+
+    accepted: float = field(default_factory=time.time)
+    started: float = 0.0
+    first_token: float = 0.0
+    over: float = 0.0
+    cached_tokens: int = 0
+
+    def spans(self) -> Iterator[tuple[str, float, float]]:
+        """Its stages as far as it came: name, beginning and end."""
+        yield "queue", self.accepted, self.started or self.over
+        if self.started:
+            yield "prefill", self.started, self.first_token or self.over
+        if self.first_token:
+            yield "decode", self.first_token, self.over
+
+
 class Job:
     """A job between the engine's thread, which calls `emit`, and the event loop, where `deliver` gets its events.
 
@@ -63,6 +83,8 @@ class Job:
         self.failure: LlorchError | None = None  # why it ends, whatever the engine still has for it
         self._deliver, self._engine, self._mailbox, self._metrics = deliver, engine, mailbox, metrics
         self._on_close = on_close
+        self.moments = Moments()
+        self.last: Ended | Failed | None = None
         self._accepted = time.monotonic()
         self._last_token = 0.0  # the engine thread's
 
@@ -74,7 +96,10 @@ class Job:
                 self._metrics.inter_token.observe(now - self._last_token)
             else:
                 self._metrics.first_token.observe(now - self._accepted)
+                self.moments.first_token = time.time()
             self._last_token = now
+        elif isinstance(event, Started):
+            self.moments.started, self.moments.cached_tokens = event.started_at, event.cached_tokens
         self._mailbox.put(self._deliver, event)
 
     def fail(self, error: LlorchError) -> None:
@@ -97,6 +122,7 @@ class Job:
             if self.failure is None:
                 self._engine.cancel(self.job_id, last.error)
         self._metrics.count(outcome)
+        self.last, self.moments.over = last, time.time()
         duration_ms = round((time.monotonic() - self._accepted) * 1000, 1)
         log.info("job over", job_id=self.job_id[:128], outcome=outcome, duration_ms=duration_ms, **details)
         self._on_close(self)

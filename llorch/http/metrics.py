@@ -72,9 +72,26 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily(
             "llorch_engine_shared_steps", "Steps that held tokens of two or more requests.", stats.shared_steps
         )
+        yield CounterMetricFamily(
+            "llorch_prefix_cache_hit_tokens",
+            "Tokens that were in the cache already when a request began, or went on after a preemption.",
+            stats.prefix_hit_tokens,
+        )
+        yield CounterMetricFamily(
+            "llorch_prefix_cache_evictions", "Blocks whose contents were given up for room.", stats.evictions
+        )
+        yield CounterMetricFamily(
+            "llorch_preemptions", "Times that a request gave up its blocks, to be computed again.", stats.preemptions
+        )
+        yield CounterMetricFamily(
+            "llorch_engine_failures", "Failures that cost all requests in flight.", stats.failures
+        )
         yield GaugeMetricFamily("llorch_queue_depth", "Requests that wait.", stats.waiting)
         yield GaugeMetricFamily("llorch_running_requests", "Requests that run.", stats.running)
         yield GaugeMetricFamily("llorch_kv_blocks_used", "Blocks of the KV cache in use.", stats.kv_blocks_used)
         yield GaugeMetricFamily("llorch_kv_blocks_total", "Blocks of the KV cache.", stats.kv_blocks_total)
+        yield GaugeMetricFamily(
+            "llorch_kv_blocks_kept", "Free blocks that hold what a later request may share.", stats.kv_blocks_kept
+        )
         yield GaugeMetricFamily("llorch_vram_bytes", "Bytes of weights and cache on the device.", stats.device_bytes)
         yield GaugeMetricFamily("llorch_uptime_seconds", "Seconds since the worker began.", self._uptime())

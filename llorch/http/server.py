@@ -24,10 +24,12 @@ from llorch.core.loader import Progress
 from llorch.errors import EngineError, LlorchError, SettingsError
 from llorch.http.app import create_app
 from llorch.http.callback import announce
+from llorch.http.heartbeat import beat
 from llorch.http.logs import configure_logging
 from llorch.http.service import Worker
 from llorch.http.settings import ServeSettings
 from llorch.http.stream import Timing
+from llorch.http.traces import Tracer
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -36,6 +38,7 @@ ENGINE_STOP_SECONDS = 5.0
 CONNECTION_SECONDS = 2  # for connections to close once no job is left; a client that does not read never does
 IDLE_CONNECTION_SECONDS = 75  # longer than an orchestrator's pause between two health checks
 SAME_SIGNAL_SECONDS = 0.1  # supervisors that signal a process and its group send one wish twice
+LAST_SECONDS = 1.0  # of a worker whose engine is given up: who watches /health is to see why
 PROGRESS_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 Loading = Callable[[], contextlib.AbstractContextManager[Progress]]
@@ -93,10 +96,14 @@ class WorkerProcess:
         self._engine = EngineThread(
             self._load,
             max_queue=settings.max_queue,
+            step_timeout=settings.step_timeout,
+            on_fatal=self._on_fatal,
             queue_timeout=settings.queue_timeout,
-            stall_seconds=settings.step_timeout,
+            mixed_chunk=settings.mixed_chunk,
+            max_running_per_key=settings.max_running_per_key,
         )
         self._loading = loading or self._logged_loading
+        self._tracer = Tracer() if settings.traces else None
         self._failure: BaseException | None = None
         self._signalled: float | None = None
 
@@ -110,29 +117,44 @@ class WorkerProcess:
             serving.add_done_callback(lambda _: self._stopping.set())
             starting = asyncio.create_task(self._start())
             starting.add_done_callback(self._started)
+            heart = asyncio.create_task(self._beat(worker, starting))
             await self._stopping.wait()
             starting.cancel()
             log.info("shutting down", timeout_s=self._settings.shutdown_timeout)
-            await worker.drain(self._settings.shutdown_timeout)
+            await worker.drain(self._settings.shutdown_timeout if self._engine.fatal is None else LAST_SECONDS)
+            if self._engine.fatal is not None:
+                await asyncio.sleep(LAST_SECONDS)
             server.should_exit = True
             await serving
+            heart.cancel()
+            if self._tracer is not None:
+                await asyncio.to_thread(self._tracer.close)
             await self._stop_engine()
         log.info("stopped")
         if self._failure is not None:
             raise self._failure
 
+    def _on_fatal(self) -> None:
+        """On a thread of the engine's: nothing can be served any more, and a supervisor is to see it."""
+        self._failure = self._engine.fatal
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends already
+            self._loop.call_soon_threadsafe(self._stopping.set)
+
     async def _stop_engine(self) -> None:
-        wait = ENGINE_STOP_SECONDS if self._engine.ready else 0.0  # a load that is under way cannot be told to end
+        # neither a load that is under way nor a step that hangs can be told to end
+        wait = ENGINE_STOP_SECONDS if self._engine.ready else LAST_SECONDS if self._engine.fatal else 0.0
         if not await asyncio.to_thread(self._engine.stop, wait):
             # the interpreter must not be taken down under a thread that is within the device's library
             log.warning("the engine thread is still busy: ended without it")
+            if self._failure is not None:
+                print(f"llorch: error: {self._failure}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(1 if self._failure is not None else 0)
 
     def _worker(self) -> Worker:
         settings = self._settings
         timing = Timing(settings.keep_alive, settings.metrics_interval, settings.request_timeout)
-        return Worker(self._engine, max_tokens_limit=settings.max_tokens_limit, timing=timing)
+        return Worker(self._engine, max_tokens_limit=settings.max_tokens_limit, timing=timing, tracer=self._tracer)
 
     def _server(self, worker: Worker) -> QuietServer:
         config = uvicorn.Config(
@@ -203,6 +225,13 @@ class WorkerProcess:
 
     def _logged_loading(self) -> contextlib.AbstractContextManager[Progress]:
         return contextlib.nullcontext(LoadReport(str(self._settings.model), self._uri))
+
+    async def _beat(self, worker: Worker, starting: asyncio.Task[None]) -> None:
+        """From when the worker is ready; one that cannot start has no heart."""
+        await asyncio.wait([starting])
+        settings = self._settings
+        if settings.heartbeat_url is not None and not starting.cancelled() and starting.exception() is None:
+            await beat(worker, settings.heartbeat_url, self._worker_id, settings.heartbeat_interval)
 
     async def _announce(self, url: str, llm: LLM) -> None:
         registration = {

@@ -25,6 +25,7 @@ from llorch.http.bodies import BodyError, ExecuteBody, Violation, execute_fields
 from llorch.http.job import Deliver, Job, Mailbox
 from llorch.http.metrics import Metrics
 from llorch.http.stream import JobStream, Timing
+from llorch.http.traces import Tracer
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -36,8 +37,15 @@ FLUSH_SECONDS = 2.0  # for the last event of a stream that is ended from here to
 class Worker:
     """One model behind HTTP. Belongs to the event loop; the engine has a thread of its own."""
 
-    def __init__(self, engine: EngineThread, *, max_tokens_limit: int = 2048, timing: Timing | None = None) -> None:
-        self.engine = engine
+    def __init__(
+        self,
+        engine: EngineThread,
+        *,
+        max_tokens_limit: int = 2048,
+        timing: Timing | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.engine, self.tracer = engine, tracer
         self.metrics = Metrics(engine.stats)
         self.max_tokens_limit = max_tokens_limit
         self.draining = False
@@ -54,25 +62,28 @@ class Worker:
     @property
     def unavailable(self) -> str | None:
         """Why no job is taken now; None where one is."""
-        if self.draining:
-            return "the worker is shutting down: send the request to another"
         if (reason := self.engine.health()) is not None:
             return reason
+        if self.draining:
+            return "the worker is shutting down: send the request to another"
         if self.loading:
             return f"the model is loading ({self.engine.progress:.0%}): try again soon"
         return None
 
-    async def start(self, raw: bytes) -> JobStream:
-        """Accepts a job into the queue. Raises BodyError, JobExistsError, QueueFullError, EngineUnavailableError."""
-        with self.counted():
-            return await self._start(raw)
+    async def start(self, raw: bytes, key: str | None = None) -> JobStream:
+        """Accepts a job into the queue. Raises BodyError, JobExistsError, QueueFullError, EngineUnavailableError.
 
-    async def _start(self, raw: bytes) -> JobStream:
+        `key`: whose it is, where there are API keys.
+        """
+        with self.counted():
+            return await self._start(raw, key)
+
+    async def _start(self, raw: bytes, key: str | None) -> JobStream:
         llm = self.ready()
         body = ExecuteBody(**parse_body(raw, execute_fields(self.max_tokens_limit, llm.config.vocab_size)))
         events: asyncio.Queue[Event] = asyncio.Queue()
         job = self.open_job(body.job_id, events.put_nowait)
-        tokens = await self.queue([job], lambda: self._submit(llm, body, job))
+        tokens = await self.queue([job], lambda: self._submit(llm, body, job, key))
         _log_accepted(body, tokens)
         return JobStream(job, events, llm.config.name, self.engine, self.timing)
 
@@ -123,7 +134,7 @@ class Worker:
         self.metrics.accepted.inc(len(jobs))
         return found
 
-    def _submit(self, llm: LLM, body: ExecuteBody, job: Job) -> int:
+    def _submit(self, llm: LLM, body: ExecuteBody, job: Job, key: str | None) -> int:
         """Tokenizes and queues; returns the prompt's length in tokens."""
         tokens = llm.tokenizer.encode(body.prompt, add_special=True, parse_special=True)
         request = Request(
@@ -132,6 +143,8 @@ class Worker:
             max_tokens=body.max_tokens or self.max_tokens_limit,
             sampling=body.sampling,
             stop=body.stop,
+            priority=body.priority,
+            key=key,
         )
         try:
             self.engine.submit(request, job.emit)
@@ -165,6 +178,8 @@ class Worker:
         return True
 
     def _forget(self, job: Job) -> None:
+        if self.tracer is not None and job.last is not None:
+            self.tracer.record(job)
         self._jobs.pop(job.job_id, None)
         if not self._jobs:
             self._idle.set()

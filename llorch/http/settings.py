@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from llorch.settings import ChatModelSettings
 
@@ -27,16 +27,29 @@ class ServeSettings(ChatModelSettings):
     )
     callback_timeout: float = Field(10.0, gt=0, description="seconds that one try of the callback may take")
     callback_pause: float = Field(0.5, ge=0, description="seconds before the second try; the pause doubles each time")
+    heartbeat_url: str | None = Field(None, description="URL that is told every so often how busy this worker is")
+    heartbeat_interval: float = Field(30.0, gt=0, description="seconds between two heartbeats")
+    traces: bool = Field(
+        False, description="send OpenTelemetry traces to where OTEL_EXPORTER_OTLP_ENDPOINT says (extra `otel`)"
+    )
     uri: str | None = Field(None, description="where the pool reaches this worker, http://HOST:PORT by default")
 
     max_queue: int = Field(64, ge=0, description="requests that may wait for a place")
     queue_timeout: float | None = Field(
         None, gt=0, description="most seconds that a request waits, no limit by default"
     )
+    max_running_per_key: int | None = Field(
+        None, ge=1, description="most requests of one API key that run at a time, no limit by default; others wait"
+    )
+    mixed_chunk: int = Field(
+        128, ge=1, description="most prompt tokens of a step in which other requests get their next token"
+    )
     request_timeout: float | None = Field(
         None, gt=0, description="most seconds that a request runs, no limit by default"
     )
-    step_timeout: float = Field(60.0, gt=0, description="seconds without a step after which the worker is unhealthy")
+    step_timeout: float = Field(
+        180.0, gt=0, description="seconds that one step may take; then the device hangs, and the worker ends"
+    )
     max_tokens_limit: int = Field(
         2048, ge=1, description="most tokens that one request may ask for; below /v1 what the context leaves by default"
     )
@@ -58,7 +71,13 @@ class ServeSettings(ChatModelSettings):
             raise ValueError("expected one key or several separated by commas")
         return value
 
-    @field_validator("callback_url")
+    @model_validator(mode="after")
+    def _limits_keys_that_there_are(self) -> ServeSettings:
+        if self.max_running_per_key is not None and not self.api_keys:
+            raise ValueError("--max-running-per-key needs API keys: set LLORCH_API_KEY")
+        return self
+
+    @field_validator("callback_url", "heartbeat_url")
     @classmethod
     def _is_http(cls, value: str | None) -> str | None:
         if value is not None and TEST_CALLBACK not in value and not value.startswith(("http://", "https://")):

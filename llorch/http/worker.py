@@ -13,6 +13,7 @@ from litestar.types import ASGIApp
 
 from llorch.core.llm import LLM
 from llorch.errors import CancelledError
+from llorch.http.auth import key_of
 from llorch.http.bodies import CANCEL_FIELDS, parse_body
 from llorch.http.errors import RETRY_AFTER_SECONDS
 from llorch.http.service import Worker
@@ -48,6 +49,9 @@ class Healthy:
     context_length: int
     uptime_seconds: float
     capabilities: list[str]
+    running: int  # requests
+    waiting: int
+    kv_blocks_free: int  # what they hold may still be of use to a later request
     status: Literal["healthy"] = "healthy"
     resident: bool = True
     protocol: Literal["sse"] = "sse"
@@ -138,6 +142,7 @@ async def health(worker: Worker) -> Response[Any]:
 
 
 def _healthy(llm: LLM, worker: Worker) -> Healthy:
+    stats = worker.engine.stats()
     return Healthy(
         model=llm.config.name,
         provider=llm.provider_name,
@@ -149,6 +154,9 @@ def _healthy(llm: LLM, worker: Worker) -> Healthy:
         context_length=llm.context,
         uptime_seconds=round(worker.metrics.uptime, 3),
         capabilities=["text-gen"],
+        running=stats.running,
+        waiting=stats.waiting,
+        kv_blocks_free=stats.kv_blocks_free,
     )
 
 
@@ -170,7 +178,7 @@ def _healthy(llm: LLM, worker: Worker) -> Healthy:
     },
 )
 async def execute(request: Request[Any, Any, Any], worker: Worker) -> ASGIApp:
-    return await worker.start(await read_body(request))
+    return await worker.start(await read_body(request), key_of(request.scope))
 
 
 @post(

@@ -34,6 +34,9 @@ def test_health_tells_what_is_served(client: httpx.Client) -> None:
         "context_length": 512,
         "capabilities": ["text-gen"],
         "protocol": "sse",
+        "running": 0,
+        "waiting": 0,
+        "kv_blocks_free": 8 * 512 // 32,
     }
     assert isinstance(health["tokenizer_kind"], str)
 
@@ -227,7 +230,7 @@ def test_the_document_describes_each_route(client: httpx.Client) -> None:
     document = client.get("/docs/openapi.json").json()
     assert document["openapi"] == "3.0.3"
     openai = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model_id}"}
-    worker = {"/health", "/execute", "/cancel", "/metrics", "/tokenize", "/detokenize"}
+    worker = {"/health", "/execute", "/cancel", "/metrics", "/tokenize", "/detokenize", "/debug/engine"}
     assert document["paths"].keys() == worker | openai
     execute = document["paths"]["/execute"]["post"]
     assert execute["responses"].keys() == {"200", "400", "409", "413", "499", "503"}

@@ -197,39 +197,15 @@ def test_an_unknown_option(start: Start) -> None:
     assert "did you mean --max-queue" in ends(start("--max-queu", "5"), 2)
 
 
-# ---- faults ----
-
-
-def test_an_engine_that_fails_ends_its_jobs_and_turns_health_to_503(start: Start, tmp_path: Path) -> None:
-    fault = tmp_path / "fail"
-    env = {"PACED_FAIL_WHEN": str(fault), "PACED_STEP_SECONDS": "0.01"}
-    server = start("--provider", "paced", env=env).wait_healthy()
-    with server.client() as client, server.client() as other, execute(client, job_id="hit", **JOB) as stream:
-        stream.next("token")
-        fault.touch()
-        last = list(stream)[-1]
-        assert (last["type"], last["retriable"]) == ("error", True)
-        health = eventually(lambda: (r := other.get("/health")).status_code == 503 and r)
-        assert health.json()["status"] == "unhealthy"
-        assert "told to fail" in health.json()["reason"]
-        refused = other.post("/execute", json={"job_id": "next", **JOB})
-        assert (refused.status_code, refused.json()["code"]) == (503, "WORKER_UNHEALTHY")
-    server.signal(signal.SIGTERM)
-    assert server.wait() == 0
-
-
-def test_a_step_that_stalls_turns_health_to_503_and_jobs_still_end_on_time(start: Start, tmp_path: Path) -> None:
+def test_a_job_in_a_step_that_takes_long_still_ends_on_time(start: Start, tmp_path: Path) -> None:
     stall = tmp_path / "stall"
     env = {"PACED_STALL_WHEN": str(stall), "PACED_STEP_SECONDS": "0.01"}
-    server = start("--provider", "paced", "--step-timeout", "0.3", "--request-timeout", "1", env=env).wait_healthy()
-    with server.client() as client, server.client() as other, execute(client, job_id="stuck", **JOB) as stream:
+    server = start("--provider", "paced", "--request-timeout", "1", env=env).wait_healthy()
+    with server.client() as client, execute(client, job_id="stuck", **JOB) as stream:
         stream.next("token")
         stall.touch()
-        health = eventually(lambda: (r := other.get("/health")).status_code == 503 and r)
-        assert "no progress" in health.json()["reason"]
         assert list(stream)[-1]["code"] == "INFERENCE_TIMEOUT"
         stall.unlink()
-        eventually(lambda: other.get("/health").status_code == 200)
         assert run(client, job_id="after", max_tokens=2, **JOB)[-1]["type"] == "end"
     server.close()
 

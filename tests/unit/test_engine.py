@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
 import llorch
@@ -18,7 +17,6 @@ from llorch.core.requests import Ended, Event, Failed, Request, SamplingParams, 
 from llorch.errors import (
     CancelledError,
     ContextOverflowError,
-    EngineError,
     EngineUnavailableError,
     GGUFError,
     InvalidRequestError,
@@ -27,7 +25,6 @@ from llorch.errors import (
     QueueTimeoutError,
 )
 from llorch.providers.conformance.models import OracleModel, TinyModel, write_model
-from llorch.providers.numpy_cpu import NumpyOps, hookimpl
 from tests.support import shared
 
 PROMPT = "Once upon a time, Lily saw a big red ball"
@@ -251,35 +248,6 @@ def test_a_listener_that_raises_costs_no_other_job(llm, engine, caplog) -> None:
     assert "the listener of job bad raised" in caplog.text
 
 
-class PoisonedOps(NumpyOps):
-    """Token 300 embeds as NaN."""
-
-    @hookimpl
-    def embed(self, spec: Any) -> Any:
-        plain = super().embed(spec)
-
-        def kernel(out: Any, tokens: Any, table: Any) -> None:
-            plain(out, tokens, table)
-            out[np.asarray(tokens) == 300] = np.nan
-
-        return kernel
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_nan_logits_cost_only_the_guilty_job(monkeypatch, temperature) -> None:
-    monkeypatch.setattr("llorch.providers.numpy_cpu.NumpyOps", PoisonedOps)
-    with llorch.load(shared("models", "stories260K.gguf"), provider="numpy-cpu") as llm:
-        engine = llm.engine()
-        sampling = SamplingParams(temperature=temperature, seed=1)
-        guilty, good = run(
-            engine, request(llm, "guilty", [1, 300, 5], sampling=sampling), request(llm, "good", sampling=sampling)
-        )
-        assert isinstance(guilty.last, Failed)
-        assert isinstance(guilty.last.error, EngineError)
-        assert isinstance(good.last, Ended)
-        assert llm.allocator.used == 0
-
-
 # ---- generate: the engine behind the public API ----
 
 
@@ -358,42 +326,3 @@ def test_a_model_that_cannot_load_is_reported_to_the_starter(tmp_path) -> None:
     assert failed.wait(20)
     assert isinstance(thread.load_error, GGUFError)
     assert "loading failed" in str(thread.health())
-
-
-class StallingOps(NumpyOps):
-    """Token 300 stalls until the test lets go; token 301 raises."""
-
-    gate = threading.Event()
-
-    @hookimpl
-    def embed(self, spec: Any) -> Any:
-        plain = super().embed(spec)
-
-        def kernel(out: Any, tokens: Any, table: Any) -> None:
-            plain(out, tokens, table)
-            if 300 in tokens:
-                StallingOps.gate.wait(20)
-            if 301 in tokens:
-                raise RuntimeError("the device fell off the bus")
-
-        return kernel
-
-
-def test_a_stall_and_a_failure_of_the_device_show_in_health(monkeypatch) -> None:
-    monkeypatch.setattr("llorch.providers.numpy_cpu.NumpyOps", StallingOps)
-    thread = EngineThread(load_stories, stall_seconds=0.1)
-    thread.start()
-    wait_for(lambda: thread.ready)
-    stalled, failed = Listener(), Listener()
-    thread.submit(Request(job_id="stall", prompt=(1, 300), max_tokens=1), stalled.append)
-    wait_for(lambda: "no progress" in str(thread.health()))
-    StallingOps.gate.set()
-    wait_for(lambda: bool(stalled) and isinstance(stalled.last, Ended))
-    assert thread.health() is None
-    thread.submit(Request(job_id="fail", prompt=(1, 301), max_tokens=1), failed.append)
-    wait_for(lambda: bool(failed) and isinstance(failed.last, Failed))
-    assert "the device fell off the bus" in str(thread.health())
-    assert thread.llm is not None
-    with pytest.raises(EngineUnavailableError, match="fell off the bus"):
-        thread.submit(Request(job_id="next", prompt=(1,), max_tokens=1), print)
-    thread.stop(10)

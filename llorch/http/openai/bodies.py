@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llorch.core.requests import SamplingParams
-from llorch.http.bodies import BodyError, Field, Integer, Number, Text, Violation, parse_body
+from llorch.http.bodies import PRIORITY, BodyError, Field, Integer, Number, Text, Violation, parse_body
 from llorch.http.openai.fields import Flag, LogitBias, Messages, Prompt, Stop, StreamOptions, Unsupported, Variables
 
 MAX_CHOICES = 128
@@ -37,6 +37,7 @@ class GenerationBody:
     max_tokens: int | None = None  # None: what the context leaves
     stop: tuple[str, ...] = field(default=(), repr=False)
     logprobs: int | None = None  # None: off; else how many alternatives
+    priority: int = 0
     sampling: SamplingParams
 
 
@@ -124,6 +125,7 @@ def _common(bounds: Bounds) -> tuple[Field, ...]:
             max_length=MAX_STOP_LENGTH,
             description="Strings that end the text; they are not part of it.",
         ),
+        PRIORITY,
     )
 
 
@@ -254,7 +256,7 @@ def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
         raise BodyError([Violation("stream_options", "needs(stream)", "needs stream to be true")])
     seed = given.get("seed")
     sampling = {name: given[name] for name in _SAMPLING if name in given}
-    fields = {name: given[name] for name in ("model", "stream", "n", "stop") if name in given}
+    fields = {name: given[name] for name in ("model", "stream", "n", "stop", "priority") if name in given}
     return {
         **fields,
         "include_usage": given.get("stream_options", False),

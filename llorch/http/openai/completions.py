@@ -64,22 +64,22 @@ class Completions:
 
     # ---- completions ----
 
-    async def chat(self, raw: bytes) -> Reply:
+    async def chat(self, raw: bytes, key: str | None = None) -> Reply:
         """Accepts a chat completion. Raises BodyError, RequestError, EngineUnavailableError."""
         with self._worker.counted():
             llm = self._worker.ready()
             body = parse_chat(raw, self._bounds(llm))
             _check_model(llm, body.model)
-            return await self._start(llm, body, "chatcmpl", 1, lambda: [_chat_prompt(llm, body)], ChatFormat)
+            return await self._start(llm, body, key, "chatcmpl", 1, lambda: [_chat_prompt(llm, body)], ChatFormat)
 
-    async def complete(self, raw: bytes) -> Reply:
+    async def complete(self, raw: bytes, key: str | None = None) -> Reply:
         """Accepts a completion of one prompt or several. Raises BodyError, RequestError, EngineUnavailableError."""
         with self._worker.counted():
             llm = self._worker.ready()
             body = parse_completion(raw, self._bounds(llm))
             _check_model(llm, body.model)
             prompts = len(body.prompts)
-            return await self._start(llm, body, "cmpl", prompts, lambda: _prompts(llm, body), CompletionFormat)
+            return await self._start(llm, body, key, "cmpl", prompts, lambda: _prompts(llm, body), CompletionFormat)
 
     def _bounds(self, llm: LLM) -> Bounds:
         return Bounds(
@@ -92,10 +92,11 @@ class Completions:
         self,
         llm: LLM,
         body: GenerationBody,
+        key: str | None,
         prefix: str,
         prompts: int,
         encode: Callable[[], Prompts],
-        form: Callable[[dict[str, Any], Any, int], Format],
+        form: Callable[[dict[str, Any], Any, Sequence[int]], Format],
     ) -> Reply:
         """Queues n jobs for each prompt. Job i is `<id>-<i>`, or the response's own id where there is one alone."""
         name, count = f"{prefix}-{uuid.uuid4().hex}", prompts * body.n
@@ -104,7 +105,7 @@ class Completions:
             self._worker.open_job(name if count == 1 else f"{name}-{i}", _deliver_to(events, i)) for i in range(count)
         ]
         pool = self._renderers if isinstance(body, ChatBody) else None
-        found = await self._worker.queue(jobs, lambda: self._submit(body, encode(), jobs), pool)
+        found = await self._worker.queue(jobs, lambda: self._submit(body, key, encode(), jobs), pool)
         _log_accepted(name, body, found)
         head = {
             "id": name,
@@ -112,13 +113,13 @@ class Completions:
             "model": llm.config.name,
             "system_fingerprint": _fingerprint(llm),
         }
-        shape = form(head, llm.tokenizer, sum(map(len, found)))
+        shape = form(head, llm.tokenizer, [len(prompt) for prompt in found])
         timing = self._worker.timing
         if body.stream:
             return StreamedReply(jobs, events, shape, timing, include_usage=body.include_usage)
         return WholeReply(jobs, events, shape, timing)
 
-    def _submit(self, body: GenerationBody, prompts: Prompts, jobs: Sequence[Job]) -> Prompts:
+    def _submit(self, body: GenerationBody, key: str | None, prompts: Prompts, jobs: Sequence[Job]) -> Prompts:
         """On a thread. Answers to one prompt have seeds one apart, so that they differ and can be had again."""
         sampling = body.sampling
         for i, job in enumerate(jobs):
@@ -130,6 +131,8 @@ class Completions:
                 sampling=replace(sampling, seed=seed),
                 stop=body.stop,
                 logprobs=body.logprobs,
+                priority=body.priority,
+                key=key,
             )
             self._worker.engine.submit(request, job.emit)
         return prompts

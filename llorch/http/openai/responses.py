@@ -18,6 +18,7 @@ class Answer:
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     ended: Ended | None = None
+    cached_tokens: int = 0  # of the prompt
 
     def add(self, event: Token) -> None:
         self.text += event.text
@@ -34,8 +35,9 @@ class Format:
     kind = ""
     chunk_kind = ""
 
-    def __init__(self, head: dict[str, Any], tokenizer: Tokenizer, prompt_tokens: int) -> None:
-        self._head, self._tokenizer, self._prompt_tokens = head, tokenizer, prompt_tokens
+    def __init__(self, head: dict[str, Any], tokenizer: Tokenizer, prompts: Sequence[int]) -> None:
+        """`prompts`: the length of each, in tokens."""
+        self._head, self._tokenizer, self._prompts = head, tokenizer, prompts
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         choices = [self._choice(i, answer) for i, answer in enumerate(answers)]
@@ -66,10 +68,17 @@ class Format:
     def _part(self, index: int, text: str, logprobs: Sequence[TokenLogprobs], reason: str | None) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _usage(self, answers: Sequence[Answer]) -> dict[str, int]:
+    def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """As OpenAI counts: each prompt once, however many answers it has; what of it was cached, of its first."""
         output = sum(answer.ended.tokens_out for answer in answers if answer.ended is not None)
-        prompt = self._prompt_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+        prompt = sum(self._prompts)
+        cached = sum(answer.cached_tokens for answer in answers[:: len(answers) // len(self._prompts)])
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
 
 class ChatFormat(Format):
@@ -97,8 +106,8 @@ class ChatFormat(Format):
 class CompletionFormat(Format):
     kind = chunk_kind = "text_completion"
 
-    def __init__(self, head: dict[str, Any], tokenizer: Tokenizer, prompt_tokens: int) -> None:
-        super().__init__(head, tokenizer, prompt_tokens)
+    def __init__(self, head: dict[str, Any], tokenizer: Tokenizer, prompts: Sequence[int]) -> None:
+        super().__init__(head, tokenizer, prompts)
         self._logprobs: dict[int, CompletionLogprobs] = {}
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from litestar import Request, Response, get, post
 from litestar.types import ASGIApp
 
+from llorch.http.auth import key_of
 from llorch.http.openai.completions import Completions
 from llorch.http.worker import read_body, spec
 
@@ -78,7 +79,7 @@ UNAVAILABLE = spec(OpenAIError, "queue_full or worker_unhealthy, with the header
     },
 )
 async def chat_completions(request: Request[Any, Any, Any], completions: Completions) -> ASGIApp:
-    return await completions.chat(await read_body(request))
+    return await completions.chat(await read_body(request), key_of(request.scope))
 
 
 @post(
@@ -98,7 +99,7 @@ async def chat_completions(request: Request[Any, Any, Any], completions: Complet
     },
 )
 async def text_completions(request: Request[Any, Any, Any], completions: Completions) -> ASGIApp:
-    return await completions.complete(await read_body(request))
+    return await completions.complete(await read_body(request), key_of(request.scope))
 
 
 @get(

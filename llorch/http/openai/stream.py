@@ -84,6 +84,7 @@ class Reply:
                 self._answers[index].end(event)
             elif isinstance(event, Started):
                 self._started = self._started or time.monotonic()
+                self._answers[index].cached_tokens = event.cached_tokens
             else:
                 self._answers[index].add(event)
         self._check_time()
