@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from llorch_provider_cupy.pipeline import Pipeline, split
 from llorch_provider_cupy.provider import card_names, together
 
 import llorch
+from llorch.core.config import ModelConfig
+from llorch.core.loader import expected_weights
+from llorch.core.model_files import open_model
 from llorch.core.runner import Chunk
 from llorch.errors import DeviceMemoryError
 from llorch.providers import AddSpec, EmbedSpec, HostWeight, registry
@@ -112,8 +116,15 @@ def test_a_model_larger_than_one_card_runs_on_two(load: Any, path: Path) -> None
         assert all(0 < card.memory().free < total for card in llm._bound.device.cards)
 
 
-def test_a_share_that_does_not_fit_its_card_is_refused(load: Any) -> None:
-    with pytest.raises(DeviceMemoryError, match=r"the weights take .* MiB on an emulated card"):
+def test_a_share_that_does_not_fit_its_card_is_refused(path: Path) -> None:
+    with closing(EmulatedProvider(1 << 18).open("emulated:0,1")) as device, open_model(path) as file:
+        weights = expected_weights(file, ModelConfig.from_gguf(file), device)
+        with pytest.raises(DeviceMemoryError, match=r"the weights take .* MiB on an emulated card"):
+            device.expect(weights)
+
+
+def test_a_model_that_the_cards_together_cannot_hold_is_refused_before_it_is_loaded(load: Any) -> None:
+    with pytest.raises(DeviceMemoryError, match=r"emulated:0,1 \(weights .* are free: no context fits"):
         load("emulated:0,1", 1 << 18)
 
 
