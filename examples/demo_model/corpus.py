@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-BARE_STORIES = 0.12  # the share of documents without a conversation around: what a plain completion continues
+PADDING = -1
+BARE_STORIES = 0.1  # the share of documents without a conversation around: what a plain completion continues
 
 
 def document(rng: random.Random) -> str:
@@ -65,15 +65,24 @@ def encode(vocabulary: sentencepiece.SentencePieceProcessor, text: str) -> list[
     return [*ids, vocabulary.eos_id()]
 
 
-def batches(
-    vocabulary: sentencepiece.SentencePieceProcessor, seed: int, rows: int, length: int
-) -> Iterator[np.ndarray]:
-    """Batches [rows, length + 1] of documents one behind the other, for ever; no document comes twice."""
-    rng, stream = random.Random(seed), np.empty(0, np.int64)
-    while True:
-        parts = [stream]
-        while sum(map(len, parts)) < rows * (length + 1):
-            parts.append(np.array(encode(vocabulary, document(rng)), np.int64))
-        joined = np.concatenate(parts)
-        yield joined[: rows * (length + 1)].reshape(rows, length + 1)
-        stream = joined[rows * (length + 1) :]
+def batch(
+    vocabulary: sentencepiece.SentencePieceProcessor, seed: str, tokens: int, longest: int, part: int = 4096
+) -> list[np.ndarray]:
+    """The batch of one seed: about `tokens` tokens of documents, one a row, in parts [rows, length].
+
+    A document is cut at `longest` + 1 ids. Rows of a part are about as long as each other, at most `part` ids together, and
+    end in PADDING. No document stands beside another in a row, so that what it copies from is its own.
+    """
+    rng, documents = random.Random(seed), list[list[int]]()
+    while sum(map(len, documents)) < tokens:
+        documents.append(encode(vocabulary, document(rng))[: longest + 1])
+    documents.sort(key=len, reverse=True)
+    parts = []
+    while documents:
+        length = len(documents[0])
+        rows, documents = documents[: max(1, part // length)], documents[max(1, part // length) :]
+        padded = np.full((len(rows), length), PADDING, np.int64)
+        for row, ids in zip(padded, rows, strict=True):
+            row[: len(ids)] = ids
+        parts.append(padded)
+    return parts
