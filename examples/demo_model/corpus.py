@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 from plots import story
-from talk import conversation
+from talk import Message, conversation, messages_of, simple_sum
 
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 END = "<|end|>"  # of a message
@@ -24,7 +24,11 @@ def document(rng: random.Random) -> str:
     """A document as CHAT_TEMPLATE renders it, or a story alone."""
     if rng.random() < BARE_STORIES:
         return story(rng).text
-    return "".join(f"<|{m['role']}|>\n{m['content']}{END}\n" for m in conversation(rng))
+    return rendered(conversation(rng))
+
+
+def rendered(messages: list[Message]) -> str:
+    return "".join(f"<|{m['role']}|>\n{m['content']}{END}\n" for m in messages)
 
 
 def train_vocabulary(path: Path, size: int, seed: int, documents: int = 12_000) -> sentencepiece.SentencePieceProcessor:
@@ -66,14 +70,20 @@ def encode(vocabulary: sentencepiece.SentencePieceProcessor, text: str) -> list[
 
 
 def batch(
-    vocabulary: sentencepiece.SentencePieceProcessor, seed: str, tokens: int, longest: int, part: int = 4096
+    vocabulary: sentencepiece.SentencePieceProcessor,
+    seed: str,
+    tokens: int,
+    longest: int,
+    sums: int = 0,
+    part: int = 4096,
 ) -> list[np.ndarray]:
-    """The batch of one seed: about `tokens` tokens of documents, one a row, in parts [rows, length].
+    """The batch of one seed: about `tokens` tokens of documents, one a row, in parts [rows, length]; `sums` of them are sums.
 
-    A document is cut at `longest` + 1 ids. Rows of a part are about as long as each other, at most `part` ids together, and
-    end in PADDING. No document stands beside another in a row, so that what it copies from is its own.
+    A document is cut at `longest` + 1 ids. Rows of a part are about as long as each other, at most `part` ids together,
+    and end in PADDING. No document stands beside another in a row, so that what it copies from is its own.
     """
-    rng, documents = random.Random(seed), list[list[int]]()
+    rng = random.Random(seed)
+    documents = [encode(vocabulary, rendered(messages_of(simple_sum(rng)))) for _ in range(sums)]
     while sum(map(len, documents)) < tokens:
         documents.append(encode(vocabulary, document(rng))[: longest + 1])
     documents.sort(key=len, reverse=True)

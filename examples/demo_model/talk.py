@@ -143,8 +143,12 @@ def conversation(rng: random.Random) -> list[Message]:
     for question, answer in turns:
         if rng.random() < 0.04:
             question = expand(f"{GREETINGS}[!|,|.] ", {}, rng) + question
-        messages += [{"role": "user", "content": _typed(question, rng)}, {"role": "assistant", "content": answer}]
+        messages += messages_of((_typed(question, rng), answer))
     return messages
+
+
+def messages_of(turn: Turn) -> list[Message]:
+    return [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
 
 
 def _typed(text: str, rng: random.Random) -> str:

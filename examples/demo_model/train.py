@@ -52,9 +52,9 @@ def main() -> None:
         step += 1
         rate = _learning_rate(step, arguments)
         longest = _longest(step, arguments, shape)
-        parts = [
-            torch.from_numpy(part) for part in batch(vocabulary, f"{arguments.seed}/{step}", arguments.tokens, longest)
-        ]
+        sums = arguments.sums if step > arguments.sums_after else 0
+        seed = f"{arguments.seed}/{step}"
+        parts = [torch.from_numpy(part) for part in batch(vocabulary, seed, arguments.tokens, longest, sums)]
         loss = _step(model, optimizers, parts, rate)
         tokens += sum(int((part != PADDING).sum()) for part in parts)
         if step % arguments.log_every == 0 or step == arguments.steps:
@@ -72,7 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("llorch-demo.gguf"), help="the GGUF file (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("demo-training"), help="vocabulary, log, checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
-    parser.add_argument("--steps", type=int, default=3400, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="(%(default)s)")
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[48, 128, 256], help="ids of a row at first (%(default)s)"
     )
@@ -80,9 +80,11 @@ def _arguments() -> argparse.Namespace:
         "--row-steps", type=int, nargs="+", default=[300, 600, 1000], help="until which step (%(default)s)"
     )
     parser.add_argument(
-        "--decay-steps", type=int, default=1000, help="steps in which the rate falls, at last (%(default)s)"
+        "--decay-steps", type=int, default=700, help="steps in which the rate falls, at last (%(default)s)"
     )
     parser.add_argument("--tokens", type=int, default=4096, help="in a step (%(default)s)")
+    parser.add_argument("--sums", type=int, default=30, help="more sums in a step: they are facts (%(default)s)")
+    parser.add_argument("--sums-after", type=int, default=1100, help="from which step on (%(default)s)")
     parser.add_argument("--lr", type=float, default=6e-3, help="highest learning rate (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=1)
