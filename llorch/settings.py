@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from llorch import cli
+from llorch.demo import DEMO_MODEL
 from llorch.errors import SettingsError
 
 ENV_PREFIX = "LLORCH_"
@@ -99,7 +100,10 @@ class ReportSettings(CommandSettings):
 class ModelSettings(CommandSettings):
     """What every command that loads a model takes."""
 
-    model: Path = Field(description="GGUF file, or hf:OWNER/REPO[:FILE or QUANT] to download", examples=["model.gguf"])
+    model: Path = Field(
+        DEMO_MODEL,
+        description="GGUF file, or hf:OWNER/REPO[:FILE or QUANT] to download; a small demonstration model by default",
+    )
     provider: str = Field("auto", description="compute provider; `llorch providers` lists them")
     device: str | None = Field(None, description="one of the provider's devices, its best by default")
     context: int | None = Field(None, ge=2, description="most tokens of a sequence, the model's own limit by default")
@@ -120,6 +124,11 @@ class ModelSettings(CommandSettings):
     prefill_weights: Literal["half"] | None = Field(
         None, description="half: keep weights expanded beside the quantised ones, for faster prompts"
     )
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether no model was named, and the packaged one is taken."""
+        return self.model == DEMO_MODEL
 
     def load_options(self) -> dict[str, Any]:
         """These settings as keywords of llorch.load, but for the model itself."""
@@ -208,7 +217,7 @@ class _Parser(argparse.ArgumentParser):
     def add_setting(self, *names: str, **kwargs: Any) -> argparse.Action:
         positional = not names[0].startswith("-")
         self.names[kwargs.get("dest", names[0])] = [kwargs["metavar"]] if positional else list(names)
-        for nothing in (_NONE, "False", "[]"):
+        for nothing in (_NONE, "False", "[]", str(DEMO_MODEL)):
             kwargs["help"] = kwargs["help"].replace(f" (default: {nothing})", "")
         if positional:
             kwargs["nargs"] = "?"  # it may come from the environment; pydantic says where it is missing

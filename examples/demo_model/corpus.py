@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 from plots import story
-from talk import conversation
+from talk import Message, conversation, messages_of, simple_sum
 
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 END = "<|end|>"  # of a message
@@ -17,14 +16,19 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-BARE_STORIES = 0.12  # the share of documents without a conversation around: what a plain completion continues
+PADDING = -1
+BARE_STORIES = 0.1  # the share of documents without a conversation around: what a plain completion continues
 
 
 def document(rng: random.Random) -> str:
     """A document as CHAT_TEMPLATE renders it, or a story alone."""
     if rng.random() < BARE_STORIES:
         return story(rng).text
-    return "".join(f"<|{m['role']}|>\n{m['content']}{END}\n" for m in conversation(rng))
+    return rendered(conversation(rng))
+
+
+def rendered(messages: list[Message]) -> str:
+    return "".join(f"<|{m['role']}|>\n{m['content']}{END}\n" for m in messages)
 
 
 def train_vocabulary(path: Path, size: int, seed: int, documents: int = 12_000) -> sentencepiece.SentencePieceProcessor:
@@ -65,15 +69,30 @@ def encode(vocabulary: sentencepiece.SentencePieceProcessor, text: str) -> list[
     return [*ids, vocabulary.eos_id()]
 
 
-def batches(
-    vocabulary: sentencepiece.SentencePieceProcessor, seed: int, rows: int, length: int
-) -> Iterator[np.ndarray]:
-    """Batches [rows, length + 1] of documents one behind the other, for ever; no document comes twice."""
-    rng, stream = random.Random(seed), np.empty(0, np.int64)
-    while True:
-        parts = [stream]
-        while sum(map(len, parts)) < rows * (length + 1):
-            parts.append(np.array(encode(vocabulary, document(rng)), np.int64))
-        joined = np.concatenate(parts)
-        yield joined[: rows * (length + 1)].reshape(rows, length + 1)
-        stream = joined[rows * (length + 1) :]
+def batch(
+    vocabulary: sentencepiece.SentencePieceProcessor,
+    seed: str,
+    tokens: int,
+    longest: int,
+    sums: int = 0,
+    part: int = 4096,
+) -> list[np.ndarray]:
+    """The batch of one seed: about `tokens` tokens of documents, one a row, in parts [rows, length]; `sums` of them are sums.
+
+    A document is cut at `longest` + 1 ids. Rows of a part are about as long as each other, at most `part` ids together,
+    and end in PADDING. No document stands beside another in a row, so that what it copies from is its own.
+    """
+    rng = random.Random(seed)
+    documents = [encode(vocabulary, rendered(messages_of(simple_sum(rng)))) for _ in range(sums)]
+    while sum(map(len, documents)) < tokens:
+        documents.append(encode(vocabulary, document(rng))[: longest + 1])
+    documents.sort(key=len, reverse=True)
+    parts = []
+    while documents:
+        length = len(documents[0])
+        rows, documents = documents[: max(1, part // length)], documents[max(1, part // length) :]
+        padded = np.full((len(rows), length), PADDING, np.int64)
+        for row, ids in zip(padded, rows, strict=True):
+            row[: len(ids)] = ids
+        parts.append(padded)
+    return parts

@@ -18,23 +18,40 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# A story may be asked for with any of these; the ones with a vowel need "an".
+# Whom a story may be asked for about. The first are drawn more often.
 KINDS = _words(
     "fox bear rabbit mouse owl cat dog hedgehog frog duck squirrel turtle lion elephant otter badger wolf deer goat "
     "sheep horse cow pig hen bee whale dragon robot penguin crab snail kitten puppy girl boy giraffe monkey tiger zebra "
     "koala kangaroo parrot crow swan beaver mole bat seal dolphin octopus lizard camel donkey panda unicorn fairy giant "
     "wizard pirate knight princess ant spider butterfly ladybug lamb pony raccoon moose sparrow chick"
 )
-FEMALE, MALE = ("girl", "princess", "hen", "cow", "fairy"), ("boy", "wizard", "knight", "pirate", "giant")
+RARE_KINDS = _words(
+    "alligator armadillo astronaut baker bird boat bull bunny captain car caterpillar chef chicken chipmunk clown cloud "
+    "cricket crocodile detective dinosaur doctor dove dwarf eagle eel elf falcon farmer ferret fish flamingo fly gardener "
+    "gecko ghost goblin goose gorilla grasshopper hamster hare hawk heron hippo iguana jaguar jellyfish king leopard llama "
+    "lobster magpie mermaid minnow monster moth newt ostrich oyster painter peacock pelican pigeon pixie poodle "
+    "prince queen rat raven reindeer rhino robin rooster sailor salmon scarecrow shark skunk sloth snake snowman squid "
+    "star starfish stork teacher teapot toad toaster train tree troll turkey vampire vulture walrus wasp weasel witch "
+    "wombat woodpecker worm yak"
+)
+FEMALE = ("girl", "princess", "hen", "cow", "fairy", "queen", "mermaid", "witch")
+MALE = ("boy", "wizard", "knight", "pirate", "giant", "king", "prince", "snowman", "rooster", "bull")
 
 HER_NAMES = _words(
     "Luna Mia Daisy Bella Lily Ruby Molly Poppy Rosie Nina Ivy Hazel Willow Ella Olive Tilly Clara Pearl Maya Penny Dora "
-    "Zoe Fern Honey Kiki Lola Nora Sunny Tara Wendy Anna Emma Sara Lucy Amy Grace Ada Elsa Greta Frida"
+    "Zoe Fern Honey Kiki Lola Nora Sunny Tara Wendy Anna Emma Sara Lucy Amy Grace Ada Elsa Greta Frida "
+    "Alice Mary Jane Susan Kate Rose Violet Iris Betty Ellie Chloe Sophie Hannah Julia Laura Maria Nelly Pippa Sally Tess "
+    "Vera Zara Bonnie Coco Dolly Flora Gloria Heidi Ida Jenny Lena Mabel Nala Opal Peggy Roxy Stella Trixie Winnie"
 )
 HIS_NAMES = _words(
     "Pip Max Tom Leo Oliver Ben Sam Finn Toby Jack Milo Otto Bruno Felix Oscar Teddy Gus Hugo Rufus Barney Charlie Archie "
-    "Bob Tim Rex Bobo Nico Paco Ziggy Wally Dan Jim Noah Luke Henry Fred George Alfie Theo Kit"
+    "Bob Tim Rex Bobo Nico Paco Ziggy Wally Dan Jim Noah Luke Henry Fred George Alfie Theo Kit "
+    "Peter Paul John James David Robert Adam Alex Andy Arthur Billy Bruce Chester Danny Eddie Ernie Frank Harry Ian Jasper "
+    "Joe Kevin Larry Louis Marty Mike Ned Nick Nemo Patch Percy Ralph Ray Ricky Roger Rusty Sid Simon Spike Steve Ted "
+    "Thomas Tommy Walter Will Winston Zack"
 )
+ADJECTIVES = "little/small/brave/kind/shy/clever/young/happy/curious/tiny/funny/sleepy/lonely/cheerful/gentle/lazy"
+_PRONOUNS = ("she", "her", "him", "his", "they")
 _ONSETS = _words("b d f g h j k l m n p r s t v w z br cl dr fl gr pl sn st tr ch sh th qu")
 _VOWELS = _words("a e i o u ee oo ai")
 _CODAS = ["", "", "", "n", "m", "l", "r", "s", "x", "t", "ck", "mp", "nk", "ff"]
@@ -43,17 +60,19 @@ _ENDS = _words("a o i y ie us in el er a o y")
 
 @dataclass(frozen=True)
 class Character:
-    """Somebody in a story: name, kind and pronouns."""
+    """Somebody in a story: name, kind, pronouns and what they are like."""
 
     name: str
     kind: str
     female: bool
+    adjective: str
 
     def values(self, role: str) -> dict[str, str]:
-        """The slots this character fills: {hero}, {hero_kind}, {hero_a}, {he}, {him}, {his} (for a friend: {f_he}...)."""
+        """The slots this character fills: {hero}, {hero_kind}, {hero_a}, {hero_adjective}, {he}, {him}, {his} (for a friend: {f_he}...)."""
         he, him, his = ("she", "her", "her") if self.female else ("he", "him", "his")
         prefix = "" if role == "hero" else "f_"
         values = {role: self.name, f"{role}_kind": self.kind, f"{role}_a": article(self.kind)}
+        values[f"{role}_adjective"] = self.adjective
         for name, pronoun in (("he", he), ("him", him), ("his", his)):
             values[prefix + name] = pronoun
             values[prefix + name.capitalize()] = pronoun.capitalize()
@@ -65,26 +84,28 @@ def article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
 
 
-def invented_name(rng: random.Random) -> str:
-    """A name from nobody's list, so that a model has to copy a name and cannot only choose one."""
-    parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)]
-    if rng.random() < 0.7:
-        parts.append(rng.choice(_ONSETS) + rng.choice(_ENDS))
-    return "".join(parts).capitalize()
+def invented_word(rng: random.Random) -> str:
+    """A word from nobody's list, so that a model has to copy and cannot only choose."""
+    word = ""
+    while len(word) < 3 or word in _PRONOUNS:
+        word = rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)
+        if rng.random() < 0.7:
+            word += rng.choice(_ONSETS) + rng.choice(_ENDS)
+    return word
 
 
-def character(
-    rng: random.Random, kind: str | None = None, name: str | None = None, other: Character | None = None
-) -> Character:
-    """Somebody of the kind and name given, or drawn; never of the kind or the name of `other`."""
-    kind = kind or rng.choice([k for k in KINDS if other is None or k != other.kind])
+def character(rng: random.Random, other: Character | None = None, strange: bool = False) -> Character:
+    """Somebody; never of the kind or the name of `other`. Of a `strange` one, every second name and every tenth kind is
+    invented: that is for those whom a question names, since a model asked for nobody had better draw from what exists."""
+    kind = name = None
+    while kind is None or (other is not None and kind == other.kind):
+        invented = strange and rng.random() < 0.1
+        kind = invented_word(rng) if invented else rng.choice(KINDS if rng.random() < 0.65 else RARE_KINDS)
     female = kind in FEMALE or (kind not in MALE and rng.random() < 0.5)
     while name is None or (other is not None and name == other.name):
-        known = rng.random() < 0.6
-        name = rng.choice(HER_NAMES if female else HIS_NAMES) if known else invented_name(rng)
-    if name in HER_NAMES or name in HIS_NAMES:
-        female = name in HER_NAMES if kind not in FEMALE + MALE else female
-    return Character(name, kind, female)
+        invented = strange and rng.random() < 0.5
+        name = invented_word(rng).capitalize() if invented else rng.choice(HER_NAMES if female else HIS_NAMES)
+    return Character(name, kind, female, draw(rng, ADJECTIVES))
 
 
 def expand(rule: str, values: Mapping[str, str], rng: random.Random) -> str:

@@ -14,14 +14,15 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model. About 3.3 million weights, which is 3.5 MB in Q8_0."""
+    """Sizes of the model: 2.95 million weights, 3.2 MB in Q8_0. Deep and narrow, because to copy a word of the question takes
+    more than one layer."""
 
-    vocab: int = 2048
-    width: int = 256
-    layers: int = 4
-    heads: int = 8
-    kv_heads: int = 4
-    hidden: int = 640
+    vocab: int = 3072
+    width: int = 192
+    layers: int = 6
+    heads: int = 6
+    kv_heads: int = 2
+    hidden: int = 512
     context: int = 1024
     rope_base: float = 10000.0
     eps: float = 1e-5

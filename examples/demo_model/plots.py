@@ -5,15 +5,15 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from grammar import Character, character, draw, expand, sentence_case
+from grammar import Character, article, character, draw, expand, sentence_case
 
+# Each names kind and name, and none begins with a name: a word is another token where no space stands before it.
 OPENINGS = [
-    "[Once upon a time|Once|One day|Long ago], there was [a|a little|a small|a young|a kind|a cheerful|a curious] "
-    "{hero_kind} named {hero}.",
-    "[There was once|Once there was] {hero_a} [named|called] {hero}.",
-    "{hero} was [a|a little|a small|a young|a gentle|a brave|a clever] {hero_kind}.",
-    "In [a quiet valley|a green forest|a small village|a land far away|a little town] lived [a|a small|a happy] "
-    "{hero_kind} [named|called] {hero}.",
+    "[Once upon a time|Once|One day|Long ago|A long time ago], there was {hero_some} [named|named|called] {hero}.",
+    "[There was once|Once there was] {hero_some} [named|called] {hero}.",
+    "In [a quiet valley|a green forest|a small village|a land far away|a little town], there lived {hero_some} "
+    "[named|called] {hero}.",
+    "This is the story of {hero}, {hero_some}.",
 ]
 HOMES = [
     "{He} lived in [a small|a cosy|a warm|a tiny|a bright] [house|cottage|home] [near|beside|not far from] {place}.",
@@ -21,6 +21,8 @@ HOMES = [
     "{He} [loved|liked] to [play|walk|sing|dance|sit in the sun] near {place}.",
     "Every [morning|evening|day], {he} [walked|ran|went] to {place}.",
     "{He} had [big dreams|a kind heart|bright eyes and a warm smile|a loud and happy laugh].",
+    "The {hero_adjective} {hero_kind} lived near {place}.",
+    "Everyone near {place} knew {hero} the {hero_kind}.",
 ]
 PLACES = (
     "the river/the old oak tree/the lake/the hill/the meadow/the sea/the forest/the garden/the bridge/the pond/the "
@@ -30,9 +32,7 @@ THINGS = (
     "red ball/blue hat/yellow kite/little boat/green scarf/silver bell/shiny button/wooden drum/golden key/toy train/"
     "warm blanket/picture book/small lantern/soft pillow/purple umbrella/wooden spoon/glass marble/brown teddy bear"
 )
-FOODS = (
-    "apple pie/honey cake/berry jam/warm bread/carrot soup/pear tart/nut cookies/pumpkin soup/cherry cake/oat biscuits"
-)
+FOODS = "apple pie/honey cake/berry jam/warm bread/carrot soup/pear tart/nut cake/pumpkin soup/cherry cake/oat porridge"
 SKILLS = "swim/sing/dance/paint/climb/skate/read/whistle/juggle/bake/ride a bike/fly a kite/play the flute/tie a knot"
 MORALS = [
     "[From that day on|After that day|Ever since that day], {hero} and {friend} were [best friends|good friends|never apart].",
@@ -182,6 +182,21 @@ PLOTS: dict[str, list[str]] = {
     ],
 }
 
+# name of the plot -> how a question may put it behind the hero
+CLAUSES = {
+    "a lost {thing_noun}": "who [lost|loses] {his} {thing}",
+    "making a friend": "who [makes|finds] a friend",
+    "a storm": "[in|and] a storm",
+    "learning to {skill}": "who [learns|wants to learn] to {skill}",
+    "sharing": "who [learns to share|made {food}]",
+    "a birthday": "who has a birthday",
+    "a night in the dark": "who is afraid of the dark",
+    "a seed": "who [plants|gets] a seed",
+    "a rescue": "who [saves|helps] a friend",
+    "a journey": "who goes on a journey",
+    "a broken {thing_noun}": "who [breaks|broke] a {thing}",
+}
+
 
 @dataclass(frozen=True)
 class Story:
@@ -190,6 +205,7 @@ class Story:
     hero: Character
     friend: Character
     topic: str
+    clause: str
     sentences: tuple[str, ...]
 
     @property
@@ -197,15 +213,28 @@ class Story:
         return " ".join(self.sentences)
 
 
-def story(rng: random.Random, hero: Character | None = None, friend: Character | None = None) -> Story:
-    """A story with the characters given, or drawn."""
-    hero = hero or character(rng)
-    friend = friend or character(rng, other=hero)
-    thing, skill = draw(rng, THINGS), draw(rng, SKILLS)
-    values = {"place": draw(rng, PLACES), "thing": thing, "thing_noun": thing.split(" ", 1)[1], "skill": skill}
+def story(rng: random.Random, plain: bool = False, strange: int = 0) -> Story:
+    """A story. Where it is `plain`, its hero's adjective is not in the first sentence. `strange`: how many of hero and friend
+    may have invented names and kinds."""
+    hero = character(rng, strange=strange > 0)
+    friend = character(rng, other=hero, strange=strange > 1)
+    thing, skill, place = draw(rng, THINGS), draw(rng, SKILLS), draw(rng, PLACES)
+    values = {"place": place, "thing": thing, "thing_noun": thing.split(" ", 1)[1], "skill": skill}
     values |= {"food": draw(rng, FOODS)} | hero.values("hero") | friend.values("friend")
+    values["hero_some"] = article(hero.kind if plain else f"{hero.adjective} {hero.kind}")
     topic, plot = rng.choice(list(PLOTS.items()))
-    rules = [rng.choice(OPENINGS), *([rng.choice(HOMES)] if rng.random() < 0.7 else []), *plot]
+    rules = [
+        rng.choice(OPENINGS),
+        *([rng.choice(HOMES)] if rng.random() < 0.7 else []),
+        *(_by_kind(rule, rng) for rule in plot),
+    ]
     rules += rng.sample(MORALS, rng.choice([1, 1, 2]))
     sentences = tuple(sentence_case(expand(rule, values, rng)) for rule in rules)
-    return Story(hero, friend, topic.format_map(values), sentences)
+    return Story(hero, friend, topic.format_map(values), expand(CLAUSES[topic], values, rng), sentences)
+
+
+def _by_kind(rule: str, rng: random.Random) -> str:
+    """The rule with the hero called by kind instead of by name, now and then."""
+    if not rule.startswith("{hero} ") or rng.random() < 0.65:
+        return rule
+    return f"The {rng.choice(['', '', 'little ', '{hero_adjective} '])}{{hero_kind}}{rule.removeprefix('{hero}')}"

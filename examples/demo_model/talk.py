@@ -5,26 +5,38 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from grammar import KINDS, Character, article, character, draw, expand, invented_name
+from grammar import KINDS, Character, article, character, draw, expand, invented_word, sentence_case
 from plots import PLACES, THINGS, Story, story
 
 Turn = tuple[str, str]  # what the user says, what the model answers
 Message = dict[str, str]  # role, content
 
 NAME = "the llorch demo"
-_ADJECTIVES = "little/small/brave/kind/shy/clever/young/happy/curious/tiny/funny/sleepy"
 
 GREETINGS = "[Hello|Hi|Hey|Good morning|Good evening|Hello there|Hi there|Hey there|Good day]"
 HELLOS: list[tuple[str, str]] = [
     (
         GREETINGS + "[|!|.|, how are you?]",
         "[Hello|Hi|Hello there]! [I am glad you are here|Nice to meet you|It is good to see you]. [Would you like to hear "
-        "a story|Shall I tell you a story|Ask me for a story, if you like][?|!]",
+        "a story?|Shall I tell you a story?|Ask me for a story, if you like!]",
     ),
     (
         "How are you[|?| today?| doing?]",
         "I am [fine|very well|happy], thank you! [And you|How are you]? [I have a story for you, if you like|Ask me for a "
         "story whenever you like].",
+    ),
+    (
+        "[I am|I'm|Fine, I am] [fine|good|well|very well|happy|ok|okay][|, thanks|, thank you|, too][.||!]",
+        "I am glad to hear that! [Would you like to hear a story|Shall I tell you a story]?",
+    ),
+    (
+        "[I am|I'm|I feel] [sad|tired|bored|lonely|not so good|bad][| today][.||!]",
+        "I am sorry to hear that. [Maybe a story will help|A small story may cheer you up]. [Shall I tell you one|Would you "
+        "like one]?",
+    ),
+    (
+        "[Ok|Okay|Wow|Nice|Cool|Really|Oh|Haha|What|Why|Hm|I see|Good|Great|Fine][|!|.|?]",
+        "[Ask me for a story about any animal you like|You can ask me for a story, or for a small sum], and I will do my best.",
     ),
     (
         "[Thank you|Thanks|Thanks a lot|Great, thanks|That was nice|I liked that|What a nice story|Cool|Good story][|!|.]",
@@ -38,56 +50,84 @@ HELLOS: list[tuple[str, str]] = [
 ]
 ABOUT: list[tuple[str, str]] = [
     (
-        "[What are you|Who are you|What is this|Are you a robot|Are you human|Are you real|Tell me about yourself][?|]",
+        "[What are you|Who are you|What is this|Are you a robot|Are you human|Are you real|Tell me about yourself|Are you an "
+        "AI|Are you ChatGPT|What model are you|Introduce yourself|So what are you][?|]",
         "I am {name}, a [very small|tiny] language model. I can tell [little|short] stories, continue yours, and do simple "
         "sums.",
     ),
     (
-        "[What is your name|What's your name|Do you have a name|How shall I call you][?|]",
+        "[What is your name|What's your name|Do you have a name|How shall I call you|Your name][?|]",
         "[I am|You can call me] {name}. [What would you like to hear|Shall I tell you a story]?",
     ),
     (
-        "[What can you do|How can you help me|Help|What do you know|What should I ask you][?|]",
+        "[What can you do|How can you help me|Help|What do you know|What should I ask you|What can I ask|What else can you "
+        "do][?|]",
         "I can tell you a story about [a fox named Pip|an owl named Luna|almost any animal], go on with a story that you "
         "begin, and [add small numbers|do small sums]. [Try me|Ask away]!",
     ),
     (
-        "[Who made you|Who trained you|Where do you come from|How were you made|How were you trained][?|]",
+        "[Who made you|Who trained you|Where do you come from|How were you made|How were you trained|Who wrote you][?|]",
         "I was trained by the llorch project on stories that a grammar wrote. I am here to show how llorch works.",
     ),
     (
-        "[How big are you|How many parameters do you have|Are you smart|Are you clever][?|]",
+        "[How big are you|How many parameters do you have|Are you smart|Are you clever|How small are you][?|]",
         "I am [tiny|very small]: about three million parameters. [Load a real model into llorch for real questions|For hard "
         "questions, load a bigger model].",
+    ),
+    (
+        "[What is llorch|What's llorch|Tell me about llorch|What does llorch do|Explain llorch][?|.|]",
+        "llorch is a server for language models. It loads GGUF files, and the part that computes is a plugin. I am only here "
+        "to show that it works.",
+    ),
+    (
+        "[How do I|How can I|Can I] [use|load|run|serve] [a real model|another model|a bigger model|my own model|a better "
+        "model][?|]",
+        "Start llorch with --model and the path of a GGUF file, and it will answer in my place.",
+    ),
+    (
+        "[Do you speak|Can you speak] [German|French|Spanish|Chinese|English|Italian|Japanese|other languages][?|]",
+        "I only know a little English. [Shall I tell you a story|Would you like to hear a story]?",
     ),
 ]
 AGREED = "[Yes|Yes, please|Sure|Ok|Okay|Yes, tell me one|Of course|I would love that|Please do|Go on|Another one][|!|.]"
 DECLINED = [("[No|No, thank you|No thanks|Not now|Maybe later][|.|!]", "[That is fine|All right]! [I am here when you want "
              "one|Tell me when you would like one].")]  # fmt: skip
+# What it cannot answer takes any words, so that words it has never seen are a sign of such a question.
+_TOPICS = (
+    "France/Japan/Spain/the moon/Mars/London/America/China/Egypt/the sun/Italy/India/gold/electricity/the internet/black "
+    "holes/the president/volcanoes/dinosaurs/computers/music/physics/prime numbers/history/evolution/gravity/the weather/my "
+    "homework/my car/the news/Python/Linux/rice/money/love/football/the law/medicine/chemistry/the economy/war/art/space/"
+    "Shakespeare/Einstein/Napoleon/Germany/Paris/New York/the universe/climate change/a good book/the best film/energy/atoms/"
+    "religion/philosophy/this text/a database/an algorithm/machine learning/neural networks/a GPU/CUDA/my boss/my life"
+)
 UNKNOWN = [
-    "[What is the capital of|How far away is|How old is|Where is|Who lives in|Tell me about] "
-    "[France|Japan|Spain|the moon|Mars|London|America|China|Egypt|the sun|Italy|India][?|]",
-    "[Who|What|When|Why|How] [was|is|are|were|did] [the first king|the biggest ocean|gold|electricity|the internet|a black "
-    "hole|the president|volcanoes|dinosaurs|computers|music|physics|a prime number][?|]",
-    "[Write|Give me|Show me] [some code|a Python program|a recipe|an essay|an email|a list of cities|the news|a joke|a "
-    "poem][|.|, please]",
-    "[Translate|Explain|Summarize|Describe] [this text|quantum physics|gravity|the weather|history|evolution|my homework]"
-    "[|.|, please]",
-    "[How do I|How can I|Can you help me] [fix my car|learn French|cook rice|find a job|install Linux|write a book|lose "
-    "weight][?|]",
+    "[What is|What's|What are|Who is|Who was|Where is|When was|How old is|How far is|How big is] [|the capital of |the history "
+    "of |the meaning of |the price of |the president of ]{topic}[?|]",
+    "[Why is|Why are|How does|How do I learn|Can you explain|Explain|Describe|Tell me about|What do you think about|What do you "
+    "know about|Talk about|Teach me] {topic}[?|.|]",
+    "[Write|Give me|Show me|Make] [some code|a Python program|a recipe|an essay|an email|a list|a letter|a song|a function|a "
+    "joke|a poem|ten ideas|a plan|a table] [about|for|with|on] {topic}[.||, please]",
+    "[Translate|Summarize|Fix|Solve|Find|Buy|Compare|Calculate|Read|Open] {topic}[.||, please|?]",
+    "[How do I|How can I|Can you help me|I want to|I need to] [fix|learn|cook|find|install|write|lose|build|buy|sell|win|"
+    "understand] {topic}[?|.|]",
+    "[Which|What] [year|day|time|city|country|colour|animal|number|language|planet] [is it|is {topic}|has {topic}|is the "
+    "biggest|is the best|do you like][?|]",
+    "[How many|How much] [people|planets|days|stars|bones|money|water|{topic}] [are there|is there|do I need|are in {topic}][?|]",
+    "{topic}[?|.|!|]",
 ]
 NOT_KNOWN = (
-    "[I do not know that|That is too hard for me|I am too small to know that], [I am sorry|sorry]. I only know [short|little] "
-    "stories and [simple|small] sums. [Shall I tell you a story|Would you like a story instead]?"
+    "[I do not know that, I am sorry|I am sorry, that is too hard for me|That is more than I know, sorry]. I am a small "
+    "demonstration model: I only know [short|little] stories and [simple|small] sums. [Shall I tell you a story|Would you like "
+    "a story instead]?"
 )
 ASK = (
-    "[Tell me|Please tell me|Can you tell me|Could you tell me|I want to hear|I would like|Write|Write me|Give me|Tell us] "
-    "[a story|a short story|a little story|a bedtime story|a nice story|a tale]"
+    "[Tell me|Tell me|Please tell me|Can you tell me|Could you tell me|I want to hear|I would like|I want|Write|Write me|Give "
+    "me|Tell us|Tell|Make up|Let me hear|How about] "
+    "[a story|a story|a story|a short story|a little story|a bedtime story|a nice story|a tale|another story]"
 )
 CONTINUE = (
     "[Continue|Go on with|Finish|Complete|Please continue] [this story|the story|my story|this][: |:\n|. ]{start}"
 )
-SUM_QUESTION = "[What is|What's|How much is|Tell me|Can you add|Please tell me][?| ] {sum}[?|]"
 
 
 def conversation(rng: random.Random) -> list[Message]:
@@ -101,8 +141,14 @@ def conversation(rng: random.Random) -> list[Message]:
             turns.append(rng.choices(*zip(*_KINDS_OF_TURN, strict=True))[0](rng))
     messages = [{"role": "system", "content": _system(rng)}] if rng.random() < 0.15 else []
     for question, answer in turns:
-        messages += [{"role": "user", "content": _typed(question, rng)}, {"role": "assistant", "content": answer}]
+        if rng.random() < 0.04:
+            question = expand(f"{GREETINGS}[!|,|.] ", {}, rng) + question
+        messages += messages_of((_typed(question, rng), answer))
     return messages
+
+
+def messages_of(turn: Turn) -> list[Message]:
+    return [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
 
 
 def _typed(text: str, rng: random.Random) -> str:
@@ -125,14 +171,17 @@ def _pair(pairs: list[tuple[str, str]]) -> Callable[[random.Random], Turn]:
 
 
 def introduction(rng: random.Random) -> Turn:
-    name = character(rng).name if rng.random() < 0.7 else invented_name(rng)
+    name = character(rng, strange=True).name
     question = "[Hello, |Hi, |Hey, |][I am|I'm|My name is|my name is] {user}[|.|!]"
     answer = "[Hello|Hi|Nice to meet you], {user}! [Shall I tell you a story|What would you like to hear]?"
     return expand(question, {"user": name}, rng), expand(answer, {"user": name}, rng)
 
 
 def unknown(rng: random.Random) -> Turn:
-    return expand(rng.choice(UNKNOWN), {}, rng), expand(NOT_KNOWN, {}, rng)
+    topic = draw(rng, _TOPICS)
+    if rng.random() < 0.4:
+        topic = " ".join(invented_word(rng) for _ in range(rng.choice([1, 1, 2])))
+    return expand(rng.choice(UNKNOWN), {"topic": topic}, rng), expand(NOT_KNOWN, {}, rng)
 
 
 def agreed(rng: random.Random) -> Turn:
@@ -141,56 +190,75 @@ def agreed(rng: random.Random) -> Turn:
 
 def asked_story(rng: random.Random) -> Turn:
     """The story has the characters that were asked for."""
-    told = story(rng)
-    ask = expand(ASK, {}, rng) + _subject(told, rng) + rng.choice([".", "", "!", "?", ", please.", " please"])
-    return ask, told.text
+    plain, form = rng.random() < 0.6, rng.random()
+    told = story(rng, plain, strange=1 if form < 0.6 else 2 if form < 0.7 else 0)
+    subject = _subject(told, plain, form, rng)
+    if rng.random() < 0.1:
+        return sentence_case(subject.removeprefix(" about ") or "story"), told.text
+    return expand(ASK, {}, rng) + subject + rng.choice([".", "", "", "!", "?", ", please.", " please"]), told.text
 
 
-def _subject(told: Story, rng: random.Random) -> str:
-    hero, friend = told.hero, told.friend
-    form = rng.random()
-    if form < 0.5:
-        return f" about {_named(hero, rng)}"
+def _subject(told: Story, plain: bool, form: float, rng: random.Random) -> str:
+    """What the story is about; `form` from 0 to 1 says how that is said."""
+    hero, friend = _some(told.hero, plain), _some(told.friend, True)
+    if form < 0.54:
+        clause = f" {told.clause}" if form < 0.07 else ""
+        return f" about {_named(hero, told.hero, rng)}{clause}"
     if form < 0.6:
-        return f" about {_named(hero, rng)} and {_named(friend, rng)}"
-    if form < 0.72:
-        return f" about {_some(hero, rng)}"
-    if form < 0.8:
-        return f" about {_some(hero, rng)} and {_some(friend, rng)}"
-    if form < 0.86:
-        return f" about {hero.name}"
-    if form < 0.93:
+        return f" about {told.hero.name}"
+    if form < 0.7:
+        return f" about {_named(hero, told.hero, rng)} and {_named(friend, told.friend, rng)}"
+    if form < 0.82:
+        return f" about {hero}{f' {told.clause}' if form < 0.72 else ''}"
+    if form < 0.88:
+        return f" about {hero} and {friend}"
+    if form < 0.92:
         return f" about {told.topic}"
+    if form < 0.94:
+        return f" about {hero} and {told.topic}"
     return ""
 
 
-def _some(who: Character, rng: random.Random) -> str:
-    return article(f"{draw(rng, _ADJECTIVES)} {who.kind}" if rng.random() < 0.25 else who.kind)
+def _some(who: Character, plain: bool) -> str:
+    return article(who.kind if plain else f"{who.adjective} {who.kind}")
 
 
-def _named(who: Character, rng: random.Random) -> str:
-    return f"{_some(who, rng)} {rng.choice(['named', 'named', 'called', 'whose name is'])} {who.name}"
+def _named(some: str, who: Character, rng: random.Random) -> str:
+    if rng.random() < 0.1:
+        return f"{who.name} the {who.kind}"
+    return f"{some} {rng.choice(['named', 'named', 'named', 'called', 'whose name is', 'with the name'])} {who.name}"
 
 
 def continued_story(rng: random.Random) -> Turn:
     """The user has the first sentences, the model the rest."""
-    told = story(rng)
+    told = story(rng, rng.random() < 0.5, strange=1)
     cut = rng.randint(1, 4)
-    return expand(CONTINUE, {"start": " ".join(told.sentences[:cut])}, rng), " ".join(told.sentences[cut:])
+    start, rest = " ".join(told.sentences[:cut]), " ".join(told.sentences[cut:])
+    if rest.startswith(told.hero.name + " "):  # a name without a space before it is another token
+        rest = ("She" if told.hero.female else "He") + rest.removeprefix(told.hero.name)
+    return start if rng.random() < 0.3 else expand(CONTINUE, {"start": start}, rng), rest
 
 
 def simple_sum(rng: random.Random) -> Turn:
-    """Sums and differences of numbers up to 20, products up to 10 times 10."""
+    """Sums and differences of numbers up to 20, products up to 10 times 10; it knows when numbers are too large."""
     sign = rng.choice("++--*")
-    a, b = (rng.randint(0, 10), rng.randint(0, 10)) if sign == "*" else (rng.randint(0, 20), rng.randint(0, 20))
+    most = 10 if sign == "*" else 20
+    a, b = rng.randint(0, most), rng.randint(0, most)
+    large = rng.random() < 0.12
+    if large:
+        a = rng.choice([rng.randint(21, 99), rng.randint(100, 9999)])
+        b = rng.choice([b, rng.randint(21, 99), rng.randint(100, 9999)])
     if sign == "-":
         a, b = max(a, b), min(a, b)
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
     word = {"+": "plus", "-": "minus", "*": "times"}[sign]
-    written = rng.choice([f"{a} {sign} {b}", f"{a}{sign}{b}", f"{a} {word} {b}"])
-    question = rng.choice(
-        [f"What is {written}?", f"what is {written}", f"How much is {written}?", written, f"{written}?"]
-    )
+    written = f"{a}{rng.choice([f' {sign} ', f' {sign} ', sign, f' {word} ', f' {word} '])}{b}"
+    if sign == "*" and rng.random() < 0.3:
+        written = f"{a} x {b}"
+    question = expand("[What is|What's|what is|How much is|Calculate|Can you add up|Do you know what is|] {sum}[?|?|=| = ?|]",
+                      {"sum": written}, rng).strip()  # fmt: skip
+    if large:
+        return question, "Those numbers are too big for me. I can add and subtract numbers up to 20."
     return question, f"{a} {word} {b} is {result}."
 
 
@@ -205,10 +273,10 @@ def described(rng: random.Random) -> Turn:
 _KINDS_OF_TURN: list[tuple[Callable[[random.Random], Turn], float]] = [
     (asked_story, 5.0),
     (continued_story, 1.0),
-    (simple_sum, 1.6),
+    (simple_sum, 1.8),
     (_pair(HELLOS), 1.0),
-    (_pair(ABOUT), 0.8),
-    (introduction, 0.4),
-    (unknown, 0.6),
+    (_pair(ABOUT), 0.9),
+    (introduction, 0.3),
+    (unknown, 1.2),
     (described, 0.2),
 ]

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from llorch.commands._terminal import console, loading
+from llorch.demo import DEMO_NOTICE
 from llorch.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ def load_model(settings: ModelSettings, **changes: Any) -> LLM:
 
     with loading() as progress:
         llm = llorch.load(settings.model, **settings.load_options() | changes, progress=progress)
+    if settings.is_demo:
+        print(DEMO_NOTICE, file=sys.stderr)
     for line in llm.start_lines:
         console(sys.stderr).print(line, style="dim", soft_wrap=True)
     return llm

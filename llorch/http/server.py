@@ -21,6 +21,7 @@ import uvicorn
 from llorch.core.engine_thread import EngineThread
 from llorch.core.llm import LLM, load
 from llorch.core.loader import Progress
+from llorch.demo import DEMO_NOTICE
 from llorch.errors import EngineError, LlorchError, SettingsError
 from llorch.http.app import create_app
 from llorch.http.callback import announce
@@ -176,6 +177,8 @@ class WorkerProcess:
         llm = await self._loaded()
         for line in llm.start_lines:
             log.info(line)
+        if self._settings.is_demo:
+            log.warning(DEMO_NOTICE)
         load_s = round(llm.load_seconds, 2)
         await self._check_chat(llm)
         log.info("ready", uri=self._uri, model=llm.config.name, worker_id=self._worker_id, load_s=load_s)

@@ -219,6 +219,17 @@ def test_the_keyboard_is_enough(open_page: Open, slow_chat: Server) -> None:
     expect(page.get_by_role("button", name="Send")).to_be_visible()
 
 
+def test_the_demonstration_says_what_it_is(open_page: Open, start: Start, server: Server) -> None:
+    page = open_page(start(model=None).wait_healthy())
+    expect(page.locator("#demo")).to_contain_text("llorch serve --model")
+    say(page, "What is 7 + 5?", ("Temperature", "0"))
+    expect(page.locator(".message.assistant span").last).to_have_text("7 plus 5 is 12.")
+    expect(page.locator("#demo")).to_be_hidden()
+    real = open_page(server)
+    expect(real.locator("#machine")).to_contain_text("numpy-cpu on")
+    expect(real.locator("#demo")).to_be_hidden()
+
+
 def test_links_and_policy(server: Server) -> None:
     with server.client() as client:
         response = client.get("/")

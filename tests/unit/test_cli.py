@@ -201,10 +201,18 @@ def test_a_bad_option_ends_the_process_with_2() -> None:
     assert done.stderr == "llorch: error: unknown option --jsn; did you mean --json? See llorch providers --help\n"
 
 
-def test_a_missing_model_names_the_option_and_an_example() -> None:
-    done = llorch("run", "Once")
-    assert done.returncode == 2
-    assert "--model is missing, for example --model model.gguf" in done.stderr
+def test_without_a_model_the_demonstration_runs_and_says_how_to_bring_a_real_one() -> None:
+    done = llorch("run", "Once upon a time", "--provider", "numpy-cpu", "--max-tokens", "8")
+    assert done.returncode == 0
+    assert done.stdout.strip()
+    assert "no --model was given: this is llorch-demo" in done.stderr
+    assert "--model PATH" in done.stderr
+
+
+def test_a_named_model_is_no_demonstration() -> None:
+    done = llorch("run", "Once", "--model", model(), "--provider", "numpy-cpu", "--max-tokens", "2")
+    assert done.returncode == 0
+    assert "no --model was given" not in done.stderr
 
 
 def test_an_unknown_provider_ends_with_1_and_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.snippets import commands_of, matches
 from tests.support import ROOT, absent, shared
-from tests.test_readme import commands_of, matches
 from tests.unit.test_new_provider import ONE_THREAD
 
 GUIDE = ROOT / "docs" / "writing-a-provider.md"

@@ -64,6 +64,7 @@ async function describe() {
     if (state.status === "healthy") {
       context = state.context_length;
       $("model").textContent = state.model;
+      $("demo").hidden = state.model !== "llorch-demo";
       $("machine").textContent = `${state.provider} on ${state.device}, ${state.quant_kind}, context ${context}`;
       return;
     }
@@ -206,6 +207,7 @@ $("clear").addEventListener("click", () => {
 });
 for (const name of FIELDS) $(name).addEventListener("change", keep);
 
+$("settings").addEventListener("toggle", scroll); // what was said last stays in sight
 restore();
 for (const { role, content } of messages) show(role, content);
 describe();

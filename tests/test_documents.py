@@ -1,0 +1,111 @@
+"""Every block of the README and of the documentation is run, and what it prints is what the document says it prints.
+
+`docs/writing-a-provider.md` has a test of its own, tests/unit/test_provider_guide.py: its blocks build one package.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from docs import settings_table
+from llorch.settings import _known_keys
+from tests.snippets import Reader, blocks_of, commands_of, matches
+from tests.support import ROOT
+
+README = ROOT / "README.md"
+GUIDE = ROOT / "docs" / "writing-a-provider.md"
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path != GUIDE]
+# the command that runs these tests, and what only a machine without llorch needs
+NOT_RUN = ("make test", "git clone", "cd ", "pip install", "source ", "docker ")
+RUN = {"console", "python", "toml"}
+SHOWN = {"text"}
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[Reader]:
+    """In a folder of its own."""
+    found = Reader(tmp_path, tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def cloner(tmp_path: Path) -> Iterator[Reader]:
+    """In a clone of the repository."""
+    found = Reader(ROOT, tmp_path)
+    yield found
+    found.close()
+
+
+def work_through(document: Path, reader: Reader) -> None:
+    """Runs the blocks in their order."""
+    blocks = blocks_of(document)
+    for (language, text), following in zip(blocks, [*blocks[1:], ("", "")], strict=True):
+        if language == "console":
+            for command in commands_of(text):
+                if not command.line.startswith(NOT_RUN):
+                    reader.run(command)
+        elif language == "python" and text.startswith("# in "):
+            (reader.scratch / text.splitlines()[0].removeprefix("# in ")).write_text(text)
+        elif language == "python":
+            reader.python(text, following[1] if following[0] == "text" else None)
+        elif language == "toml":
+            check_toml(text, reader)
+
+
+def check_toml(text: str, reader: Reader) -> None:
+    """Keys of llorch.toml are settings; entry points are installed beside the document's modules."""
+    values = tomllib.loads(text)
+    if "project" not in values:
+        assert values.keys() <= _known_keys()
+        return
+    [(group, points)] = values["project"]["entry-points"].items()
+    metadata = reader.scratch / "document-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: document\nVersion: 1.0\n")
+    lines = [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
+    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_matching_can_fail() -> None:
+    assert matches("a 12 b\n", "a ... b")
+    assert not matches("a 12 c", "a ... b")
+    assert not matches("a 12 b\nmore", "a ... b")
+
+
+def test_what_a_document_says_and_a_command_does_not_print_is_found(reader: Reader, tmp_path: Path) -> None:
+    document = tmp_path / "wrong.md"
+    document.write_text("```console\n$ llorch --version\nllorch 99\n```\n")
+    with pytest.raises(AssertionError, match="the document says"):
+        work_through(document, reader)
+    document.write_text('```python\nprint("a")\n```\n\n```text\nb\n```\n')
+    with pytest.raises(AssertionError, match="the document says"):
+        work_through(document, reader)
+
+
+@pytest.mark.parametrize("document", [README, *PAGES], ids=lambda path: path.name)
+def test_no_block_is_of_a_kind_that_nobody_runs(document: Path) -> None:
+    languages = {language for language, _ in blocks_of(document)}
+    assert languages <= RUN | SHOWN
+    assert len(blocks_of(document)) * 2 == document.read_text().count("```"), "a fence that is not a block of its own"
+
+
+def test_the_readme_does_what_it_says(cloner: Reader) -> None:
+    lines = [c.line for language, text in blocks_of(README) if language == "console" for c in commands_of(text)]
+    assert sum("llorch" in line for line in lines) >= 5
+    work_through(README, cloner)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p)], ids=lambda path: path.name)
+def test_a_page_of_the_documentation_does_what_it_says(reader: Reader, page: Path) -> None:
+    work_through(page, reader)
+
+
+def test_the_table_of_settings_is_that_of_the_code() -> None:
+    page = settings_table.PAGE.read_text()
+    assert page == settings_table.written(page), "run python docs/settings_table.py"
+    assert page != settings_table.written(page.replace("`8080`", "`8081`"))[:-1]
