@@ -18,6 +18,7 @@ from llorch.http.openai.errors import beside
 from llorch.http.openai.routes import OPENAI_ROUTES
 from llorch.http.service import Worker
 from llorch.http.settings import ServeSettings
+from llorch.http.turns import Turns
 from llorch.http.worker import ROUTES
 
 
@@ -47,4 +48,4 @@ def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
         logging_config=None,  # logs.py configures all of them
     )
     # around Litestar, not within: routes that do not exist need a correlation id and a key too
-    return RequestLog(APIKeys(app, keys))
+    return RequestLog(Turns(APIKeys(app, keys)))
