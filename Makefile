@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: setup serve test check format bench docs dist clean
+.PHONY: setup serve test check format bench soak fuzz-api docs dist clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,12 @@ format: setup
 
 bench: setup  ## make bench MODEL=path/to/model.gguf [ARGS="--provider numpy-cpu -p 512 -n 128"]
 	$(BIN)/llorch bench $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+soak: setup  ## ten minutes of mixed load; shorter: make soak SECONDS=60
+	$(BIN)/python -m tests.server.soak --seconds $(or $(SECONDS),600)
+
+fuzz-api: setup  ## 10,000 cases of every route's description in /docs/openapi.json; fewer: make fuzz-api CASES=500
+	$(BIN)/python -m tests.server.fuzz_api --cases $(or $(CASES),10000)
 
 docs: setup  ## the documentation, into .cache/site
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -15,7 +15,7 @@ from llorch.http.logs import RequestLog
 from llorch.http.openai.bodies import Bounds, chat_fields, completion_fields
 from llorch.http.openai.completions import Completions
 from llorch.http.openai.errors import beside
-from llorch.http.openai.routes import OPENAI_ROUTES
+from llorch.http.openai.routes import CHAT_ANSWER, COMPLETION_ANSWER, OPENAI_ROUTES
 from llorch.http.service import Worker
 from llorch.http.settings import ServeSettings
 from llorch.http.turns import Turns
@@ -31,9 +31,14 @@ def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
     bodies = {
         "/execute": Body(execute_fields(settings.max_tokens_limit, None), example),
         "/cancel": Body(CANCEL_FIELDS, {"job_id": "job-1"}),
-        "/v1/chat/completions": Body(chat_fields(Bounds()), {"messages": messages, "stream": True}, lenient=True),
+        "/v1/chat/completions": Body(
+            chat_fields(Bounds()), {"messages": messages, "stream": True}, lenient=True, answer=CHAT_ANSWER
+        ),
         "/v1/completions": Body(
-            completion_fields(Bounds()), {"prompt": "Once upon a time", "max_tokens": 64}, lenient=True
+            completion_fields(Bounds()),
+            {"prompt": "Once upon a time", "max_tokens": 64},
+            lenient=True,
+            answer=COMPLETION_ANSWER,
         ),
     }
     app = Litestar(

@@ -229,7 +229,7 @@ def test_the_document_describes_each_route(client: httpx.Client) -> None:
     openai = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model_id}"}
     assert document["paths"].keys() == {"/health", "/execute", "/cancel", "/metrics"} | openai
     execute = document["paths"]["/execute"]["post"]
-    assert execute["responses"].keys() == {"200", "400", "409", "413", "499", "503"}
+    assert execute["responses"].keys() == {"200", "400", "408", "409", "413", "499", "503"}
     assert execute["responses"]["200"]["content"].keys() == {"text/event-stream"}
     fields = execute["requestBody"]["content"]["application/json"]["schema"]
     assert fields["required"] == ["job_id", "prompt"]
