@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from litestar import Litestar
 from litestar.di import Provide
-from litestar.types import ASGIApp
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Receive, Scope, Send
 
 from llorch.http import page
 from llorch.http.auth import APIKeys
@@ -53,4 +56,15 @@ def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
         logging_config=None,  # logs.py configures all of them
     )
     # around Litestar, not within: routes that do not exist need a correlation id and a key too
-    return RequestLog(Turns(APIKeys(app, keys)))
+    return RequestLog(Turns(APIKeys(_with_head(app), keys)))
+
+
+def _with_head(app: ASGIApp) -> ASGIApp:
+    """HEAD wherever there is GET: HTTP asks for it, and some health checks use it. The server leaves out the body."""
+
+    async def as_get(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == ScopeType.HTTP and scope["method"] == "HEAD":
+            scope = cast(Scope, {**scope, "method": "GET"})
+        await app(scope, receive, send)
+
+    return as_get

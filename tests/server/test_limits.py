@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 
 import httpx
 import pytest
@@ -123,6 +124,28 @@ def test_a_client_that_does_not_read_is_cut_off(strict: Server) -> None:
     asyncio.run(conversation())
 
 
+# ---- clients that are many ----
+
+
+def test_connections_beyond_what_the_system_allows_are_told_so(start: Start) -> None:
+    descriptors = 128 + 32  # the first are the server's own
+    server = start(wrapper=("sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh")).wait_healthy()
+
+    async def crowd() -> list[Answer]:
+        async with AsyncExitStack() as stack:
+            wires = [await stack.enter_async_context(connect(server.url)) for _ in range(40)]
+            for wire in wires[:30]:
+                assert (await wire.ask("GET", "/health")).status == 200
+            return [await wire.answer(10) for wire in wires[-5:]]  # unasked: they are not let in at all
+
+    for answer in asyncio.run(crowd()):
+        assert (answer.status, answer.json()["code"]) == (503, "TOO_MANY_CONNECTIONS")
+        assert answer.headers["retry-after"]
+        assert "32 connections" in answer.json()["message"]
+    server.wait_healthy()  # once the crowd has gone
+    server.close()
+
+
 # ---- what is no request, or one of an unusual kind ----
 
 BIG = b"x" * 70_000
@@ -177,8 +200,10 @@ def test_what_is_no_ordinary_request_is_answered(server: Server, name: str) -> N
 
 def test_head_has_the_headers_alone(server: Server) -> None:
     with server.client() as client:
-        assert client.head("/health").status_code in (200, 405)
-        assert client.head("/health").content == b""
+        head = client.head("/health")
+        assert (head.status_code, head.content) == (200, b"")
+        assert int(head.headers["content-length"]) > 100
+        assert client.head("/execute").status_code == 405
         assert client.get("/health").status_code == 200  # on the same connection
 
 
