@@ -55,9 +55,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = shared("models", "stories260K.gguf")
-        server = Server(folder, "--model", str(model), "--provider", "numpy-cpu", *options(folder)).wait_healthy()
-        found = fuzz(server, -(-cases // OPERATIONS))
-        server.close()
+        server = Server(folder, "--model", str(model), "--provider", "numpy-cpu", *options(folder))
+        try:
+            found = fuzz(server.wait_healthy(), -(-cases // OPERATIONS))
+        finally:
+            server.close()
     print(found.output)
     failed = server.logged("request failed")
     print(f"{found.cases} cases; {len(failed)} errors in the log; stderr: {server.stderr or 'nothing'}")

@@ -12,11 +12,10 @@ import psutil
 import pytest
 
 from tests.server.conftest import Start
+from tests.server.crowd import JOB, ask
 from tests.server.probe import probing
 from tests.server.process import Server, eventually, run
-from tests.server.wire import Answer, connect, request
-
-JOB = {"prompt": "Once upon a time", "max_tokens": 2, "temperature": 0}
+from tests.server.wire import connect, request
 
 
 @dataclass
@@ -40,18 +39,6 @@ def balance(metrics: dict[str, float]) -> float:
     """Accepted requests that have not ended in any way."""
     over = sum(metrics[f'llorch_requests_total{{outcome="{name}"}}'] for name in ("ended", "failed", "cancelled"))
     return metrics["llorch_requests_accepted_total"] - over
-
-
-async def ask(url: str, clients: int, requests: int, name: str) -> list[Answer]:
-    """The answers to requests that each client sends one after the other, on its own connection."""
-
-    async def client(number: int) -> list[Answer]:
-        async with connect(url) as wire:
-            jobs = ({"job_id": f"{name} {number} {i}", **JOB} for i in range(requests))
-            return [await wire.ask("POST", "/execute", job) for job in jobs]
-
-    answers = await asyncio.gather(*(client(i) for i in range(clients)))
-    return [answer for found in answers for answer in found]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +67,7 @@ def test_4096_requests_of_1024_clients_are_each_answered_and_leave_nothing_behin
     eventually(lambda: idle(busy), 20, "an idle server")
     eventually(lambda: Footprint.of(busy).descriptors <= before.descriptors, 5, "descriptors as before")
     assert Footprint.of(busy).resident < 1.03 * before.resident
-    # 0.1 s on a machine of its own, as `make soak` holds it to; here others may take the processors
+    # `make soak` holds it to 0.1 s; here others may take the processors
     assert probe.percentile(0.99) < 1.0
 
 
@@ -129,7 +116,7 @@ def test_1000_clients_that_hang_up_anywhere_leave_nothing_behind(start: Start) -
     eventually(lambda: Footprint.of(server).descriptors <= before.descriptors, 5, "descriptors as before")
     found = server.metrics()
     left = found['llorch_requests_total{outcome="cancelled"}'] + found['llorch_requests_total{outcome="rejected"}']
-    assert left > 900  # some are not seen to leave before their text has ended
+    assert left > 500  # a sixth sends no whole head, and some are not seen to leave before their text has ended
     assert not server.logged("request failed")
     server.close()
 
