@@ -37,8 +37,7 @@ log = structlog.stdlib.get_logger(__name__)
 
 BACKLOG = 2048
 ACCEPT_TOGETHER = 16  # connections in one round of the event loop, about 2 ms of it
-# The event loop and the engine share the interpreter. At Python's 5 ms the loop may wait that long at each system call;
-# so short, 16 streams of a tiny model are also a tenth faster (benchmarks/admission.py).
+# the event loop and the engine share the interpreter: at Python's 5 ms the loop may wait that long at each system call
 SWITCH_SECONDS = 0.0002
 ENGINE_STOP_SECONDS = 5.0
 CONNECTION_SECONDS = 2  # for connections to close once no job is left; a client that does not read never does
