@@ -67,7 +67,9 @@ class Report:
 
     def __str__(self) -> str:
         sizes = [size / 1e6 for _, size in self.resident]
-        counters = {name: value for name, value in self.metrics.items() if name.startswith("llorch_requests")}
+        counters = {
+            name: f"{value:g}" for name, value in self.metrics.items() if "requests_" in name and "total" in name
+        }
         return "\n".join(
             [
                 f"{sum(self.done.values())} requests: {dict(sorted(self.done.items()))}",
