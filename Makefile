@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
-.PHONY: setup serve test check format bench fuzz docs dist clean
+.PHONY: setup serve test check format bench fuzz fuzz-api soak docs dist clean
 
 setup: $(VENV)/.installed
 
@@ -37,6 +37,12 @@ bench: setup  ## make bench MODEL=path/to/model.gguf [ARGS="--provider numpy-cpu
 fuzz: setup  ## atheris over whatever a model file may hold, for a minute: make fuzz [ARGS="--seconds 600"]
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz.run $(ARGS)
+
+soak: setup  ## ten minutes of mixed load; shorter: make soak SECONDS=60
+	$(BIN)/python -m tests.server.soak --seconds $(or $(SECONDS),600)
+
+fuzz-api: setup  ## 10,000 cases of every route's description in /docs/openapi.json; fewer: make fuzz-api CASES=500
+	$(BIN)/python -m tests.server.fuzz_api --cases $(or $(CASES),10000)
 
 docs: setup  ## the documentation, into .cache/site
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -46,7 +46,10 @@ def penalise(
     """
     penalised = logits.copy()
     values = logits[tokens]
-    values = np.where(values <= 0, values * repetition, values / repetition)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        divided = np.where(values <= 0, values * repetition, values / repetition)
+    # a tiny penalty takes a finite logit beyond float32, which says nothing about the model
+    values = np.where(np.isfinite(values), np.minimum(divided, np.finfo(np.float32).max), divided)
     penalised[tokens] = values - (counts.astype(np.float32) * frequency + presence)
     return penalised
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from litestar import Litestar
 from litestar.di import Provide
-from litestar.types import ASGIApp
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Receive, Scope, Send
 
 from llorch.http import page
 from llorch.http.auth import APIKeys
@@ -16,10 +19,11 @@ from llorch.http.logs import RequestLog
 from llorch.http.openai.bodies import Bounds, chat_fields, completion_fields
 from llorch.http.openai.completions import Completions
 from llorch.http.openai.errors import beside
-from llorch.http.openai.routes import OPENAI_ROUTES
+from llorch.http.openai.routes import CHAT_ANSWER, COMPLETION_ANSWER, OPENAI_ROUTES
 from llorch.http.service import Worker
 from llorch.http.settings import ServeSettings
 from llorch.http.tokens import TOKEN_ROUTES, TOKENIZE_FIELDS, detokenize_fields
+from llorch.http.turns import Turns
 from llorch.http.worker import ROUTES
 
 
@@ -34,9 +38,14 @@ def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
         "/cancel": Body(CANCEL_FIELDS, {"job_id": "job-1"}),
         "/tokenize": Body(TOKENIZE_FIELDS, {"text": "Once upon a time"}),
         "/detokenize": Body(detokenize_fields(None), {"tokens": [1, 403, 407]}),
-        "/v1/chat/completions": Body(chat_fields(Bounds()), {"messages": messages, "stream": True}, lenient=True),
+        "/v1/chat/completions": Body(
+            chat_fields(Bounds()), {"messages": messages, "stream": True}, lenient=True, answer=CHAT_ANSWER
+        ),
         "/v1/completions": Body(
-            completion_fields(Bounds()), {"prompt": "Once upon a time", "max_tokens": 64}, lenient=True
+            completion_fields(Bounds()),
+            {"prompt": "Once upon a time", "max_tokens": 64},
+            lenient=True,
+            answer=COMPLETION_ANSWER,
         ),
     }
     app = Litestar(
@@ -51,4 +60,15 @@ def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
         logging_config=None,  # logs.py configures all of them
     )
     # around Litestar, not within: routes that do not exist need a correlation id and a key too
-    return RequestLog(APIKeys(app, keys))
+    return RequestLog(Turns(APIKeys(_with_head(app), keys)))
+
+
+def _with_head(app: ASGIApp) -> ASGIApp:
+    """HEAD wherever there is GET: HTTP asks for it, and some health checks use it. The server leaves out the body."""
+
+    async def as_get(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == ScopeType.HTTP and scope["method"] == "HEAD":
+            scope = cast(Scope, {**scope, "method": "GET"})
+        await app(scope, receive, send)
+
+    return as_get

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from llorch.core.requests import SamplingParams
@@ -261,6 +262,7 @@ class ExecuteBody:
         )
 
 
+@lru_cache
 def execute_fields(max_tokens_limit: int, vocab_size: int | None) -> tuple[Field, ...]:
     """The fields of POST /execute; `vocab_size` bounds top_k and is None before the model is loaded."""
     return (

@@ -57,6 +57,7 @@ class Body:
     fields: Sequence[Field]
     example: Mapping[str, Any]
     lenient: bool = False  # unknown fields are passed over
+    answer: Mapping[str, Any] | None = None  # JSON Schema of the answer that is no stream, where there is one
 
 
 def document(generated: dict[str, Any], bodies: Mapping[str, Body]) -> dict[str, Any]:
@@ -67,15 +68,25 @@ def document(generated: dict[str, Any], bodies: Mapping[str, Body]) -> dict[str,
         schema = {
             "type": "object",
             "additionalProperties": body.lenient,
-            "properties": {field.name: field.schema() for field in body.fields},
+            "properties": {field.name: _property(field, body) for field in body.fields},
         }
         if required := [field.name for field in body.fields if field.required]:
             schema["required"] = required
         content = {"application/json": {"schema": schema, "example": body.example}}
-        converted["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+        operation = converted["paths"][path]["post"]
+        operation["requestBody"] = {"required": True, "content": content}
+        answers = operation["responses"].get("200", {}).get("content", {})
+        if "text/event-stream" in answers:
+            del answers["text/event-stream"]["schema"]  # OpenAPI 3.0 has none for events: the example shows them
+        if body.answer is not None:
+            answers["application/json"] = {"schema": body.answer}
     if "security" in converted:
         _add_keys(converted["paths"])
     return converted
+
+
+def _property(field: Field, body: Body) -> dict[str, Any]:
+    return field.schema() | ({"nullable": True} if body.lenient and not field.required else {})
 
 
 def _add_keys(paths: dict[str, Any]) -> None:

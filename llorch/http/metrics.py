@@ -12,7 +12,8 @@ from prometheus_client.registry import Collector
 
 from llorch.core.stats import EngineStats
 
-OUTCOMES = ("ended", "cancelled", "failed", "rejected")  # rejected: refused before it was accepted into the queue
+# accepted = ended + cancelled + failed, once none runs; rejected: refused, or left, before it was accepted
+OUTCOMES = ("ended", "cancelled", "failed", "rejected")
 
 # seconds; from a cached prompt on an accelerator to a long one on a busy CPU
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import os
@@ -13,7 +14,9 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import structlog
 import uvicorn
@@ -27,6 +30,7 @@ from llorch.http.app import create_app
 from llorch.http.callback import announce
 from llorch.http.heartbeat import beat
 from llorch.http.logs import configure_logging
+from llorch.http.protocol import LimitedProtocol, Limits
 from llorch.http.service import Worker
 from llorch.http.settings import ServeSettings
 from llorch.http.stream import Timing
@@ -35,11 +39,16 @@ from llorch.http.traces import Tracer
 log = structlog.stdlib.get_logger(__name__)
 
 BACKLOG = 2048
+ACCEPT_TOGETHER = 16  # connections in one round of the event loop, about 2 ms of it
+# the event loop and the engine share the interpreter: at Python's 5 ms the loop may wait that long at each system call
+SWITCH_SECONDS = 0.0002
 ENGINE_STOP_SECONDS = 5.0
 CONNECTION_SECONDS = 2  # for connections to close once no job is left; a client that does not read never does
 IDLE_CONNECTION_SECONDS = 75  # longer than an orchestrator's pause between two health checks
 SAME_SIGNAL_SECONDS = 0.1  # supervisors that signal a process and its group send one wish twice
 LAST_SECONDS = 1.0  # of a worker whose engine is given up: who watches /health is to see why
+MOST_DESCRIPTORS = 65536
+OWN_DESCRIPTORS = 128  # files that are open beside the connections: libraries, the model, the device
 PROGRESS_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 Loading = Callable[[], contextlib.AbstractContextManager[Progress]]
@@ -51,6 +60,7 @@ def serve(settings: ServeSettings, loading: Loading | None = None) -> None:
     `loading` shows a load's progress on a terminal; without it, and where lines are read by programs, it is logged.
     """
     as_json = configure_logging(settings.log_format, settings.log_level)
+    sys.setswitchinterval(SWITCH_SECONDS)
     listener = bind(settings)
     with contextlib.closing(listener):
         asyncio.run(WorkerProcess(settings, listener, None if as_json else loading).run())
@@ -85,6 +95,12 @@ class QuietServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # asyncio takes one number for the listener's backlog and for the connections that it accepts in a row
+        for listener in sockets or []:
+            listener.listen(BACKLOG)
 
 
 class WorkerProcess:
@@ -157,14 +173,21 @@ class WorkerProcess:
         timing = Timing(settings.keep_alive, settings.metrics_interval, settings.request_timeout)
         return Worker(self._engine, max_tokens_limit=settings.max_tokens_limit, timing=timing, tracer=self._tracer)
 
+    def _limits(self) -> Limits:
+        settings, descriptors = self._settings, _raise_descriptor_limit()
+        most = max(1, descriptors - OWN_DESCRIPTORS)
+        return Limits(settings.read_timeout, settings.write_timeout, most)
+
     def _server(self, worker: Worker) -> QuietServer:
         config = uvicorn.Config(
             create_app(worker, self._settings),
             log_config=None,
             access_log=False,
-            backlog=BACKLOG,
+            backlog=ACCEPT_TOGETHER,
+            http=cast(type[asyncio.Protocol], partial(LimitedProtocol, limits=self._limits())),
             server_header=False,
             ws="none",
+            proxy_headers=False,
             timeout_keep_alive=IDLE_CONNECTION_SECONDS,
             timeout_graceful_shutdown=CONNECTION_SECONDS,
         )
@@ -181,6 +204,9 @@ class WorkerProcess:
             log.warning(DEMO_NOTICE)
         load_s = round(llm.load_seconds, 2)
         await self._check_chat(llm)
+        # what has been loaded stays: each full collection would look through all of it again, for some 50 ms
+        gc.collect()
+        gc.freeze()
         log.info("ready", uri=self._uri, model=llm.config.name, worker_id=self._worker_id, load_s=load_s)
         if self._settings.callback_url is not None:
             await self._announce(self._settings.callback_url, llm)
@@ -287,3 +313,17 @@ def _uri(host: str, port: int) -> str:
     """Where the worker can be reached from outside: a wildcard address is nobody's to connect to."""
     name = socket.gethostname() if host in ("", "0.0.0.0", "::") else host
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+
+
+def _raise_descriptor_limit() -> int:
+    """Lets this process have as many connections as the system allows it, which is often more than it starts with."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return sys.maxsize
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted

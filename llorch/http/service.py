@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from llorch.errors import (
     EngineUnavailableError,
     JobExistsError,
     LlorchError,
+    QueueFullError,
 )
 from llorch.http.bodies import BodyError, ExecuteBody, Violation, execute_fields, parse_body
 from llorch.http.job import Deliver, Job, Mailbox
@@ -31,6 +32,7 @@ log = structlog.stdlib.get_logger(__name__)
 
 Found = TypeVar("Found")
 
+TOKENIZERS = 2  # threads; more would take turns at the interpreter with the event loop and the engine
 FLUSH_SECONDS = 2.0  # for the last event of a stream that is ended from here to reach its client
 
 
@@ -51,6 +53,8 @@ class Worker:
         self.draining = False
         self.timing = timing or Timing()
         self._mailbox = Mailbox()
+        self._tokenizers = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="llorch-tokenize")
+        self._submitting = 0  # jobs that the engine does not know yet
         self._jobs: dict[str, Job] = {}  # from before the prompt is tokenized until the response is over
         self._idle = asyncio.Event()
         self._idle.set()
@@ -91,12 +95,9 @@ class Worker:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Counts a request that is refused before it is in the queue."""
+        """Counts a request that ends before it is accepted: what is accepted is counted by its jobs."""
         try:
             yield
-        except CancelledError:
-            self.metrics.count("cancelled")
-            raise
         except LlorchError:
             self.metrics.count("rejected")
             raise
@@ -117,11 +118,23 @@ class Worker:
         self._idle.clear()
         return job
 
+    def _check_room(self) -> None:
+        """Refuses what the engine would, before a thread takes the trouble to tokenize it."""
+        stats = self.engine.stats()
+        wanted, most = self._submitting + stats.waiting + stats.running, self.engine.capacity
+        if wanted > most:
+            raise QueueFullError(f"{wanted} requests would wait or run, {most} are taken at once: try later")
+
     async def queue(self, jobs: Sequence[Job], submit: Callable[[], Found], pool: Executor | None = None) -> Found:
-        """Runs `submit`, which hands the jobs to the engine, on a thread. All of them are in the queue or none is."""
+        """Runs `submit`, which hands the jobs to the engine, on a thread. All of them are in the queue or none is.
+
+        Raises QueueFullError, and what `submit` raises.
+        """
+        self._submitting += len(jobs)
         try:
+            self._check_room()
             # neither a long prompt's tokenizing nor the engine's lock may hold up the event loop
-            found = await asyncio.get_running_loop().run_in_executor(pool, submit)
+            found = await asyncio.get_running_loop().run_in_executor(pool or self._tokenizers, submit)
             for job in jobs:
                 if job.failure is not None:  # cancelled, or the worker shut down, before the engine knew of it
                     raise job.failure
@@ -131,6 +144,8 @@ class Worker:
                 self.engine.cancel(job.job_id, reason)
                 self._forget(job)
             raise
+        finally:
+            self._submitting -= len(jobs)
         self.metrics.accepted.inc(len(jobs))
         return found
 

@@ -53,6 +53,10 @@ class ServeSettings(ChatModelSettings):
     max_tokens_limit: int = Field(
         2048, ge=1, description="most tokens that one request may ask for; below /v1 what the context leaves by default"
     )
+    read_timeout: float = Field(30.0, gt=0, description="most seconds that a client takes to send its request")
+    write_timeout: float = Field(
+        60.0, gt=0, description="seconds after which a client that reads nothing of its answer is cut off"
+    )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="largest request body")
     keep_alive: float = Field(10.0, gt=0, description="seconds of silence in a stream before a keep-alive comment")
     metrics_interval: float = Field(1.0, gt=0, description="seconds between the metrics events of a stream")

@@ -15,12 +15,21 @@ HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"x-accel-buffering", b"no"),  # nginx holds a stream back without it
 )
 KEEP_ALIVE = b": keep-alive\n\n"
+_LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 def encode(kind: str, fields: Mapping[str, object]) -> bytes:
-    """One event. JSON escapes every line break, so that `data:` is always a single line."""
-    data = json.dumps({"type": kind, **fields}, ensure_ascii=False, separators=(",", ":"))
-    return f"event: {kind}\ndata: {data}\n\n".encode()
+    """One event of the worker contract."""
+    return b"event: %s\n%s" % (kind.encode(), data({"type": kind, **fields}))
+
+
+def data(content: Mapping[str, object]) -> bytes:
+    """The `data:` of an event, always a single line: JSON escapes the line breaks that SSE knows, and here the others
+    of Unicode are escaped too, at which clients in Python (httpx's and requests' iter_lines) would cut it."""
+    line = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    if not line.isascii():
+        line = line.translate(_LINE_BREAKS)
+    return f"data: {line}\n\n".encode()
 
 
 def started(job_id: str, model: str, event: Started) -> bytes:

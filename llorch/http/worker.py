@@ -116,6 +116,7 @@ def spec(body: Any, description: str, media_type: str = "application/json", exam
 
 INVALID = spec(Violations, "The body breaks the contract; every violation is listed.")
 TOO_LARGE = spec(ErrorBody, "BODY_TOO_LARGE: the body has more bytes than the worker takes.")
+TOO_SLOW = spec(ErrorBody, "REQUEST_TIMEOUT: the request did not come in time.")
 
 # ---- the routes ----
 
@@ -171,6 +172,7 @@ def _healthy(llm: LLM, worker: Worker) -> Healthy:
     responses={
         200: spec(str, "The job's events.", "text/event-stream", EVENTS),
         400: INVALID,
+        408: TOO_SLOW,
         409: spec(ErrorBody, "JOB_EXISTS: a job of that id waits or runs."),
         413: TOO_LARGE,
         499: spec(ErrorBody, "CANCELLED: the job was cancelled before it was queued."),
@@ -189,7 +191,12 @@ async def execute(request: Request[Any, Any, Any], worker: Worker) -> ASGIApp:
     summary="Cancel a job",
     description="Idempotent, also for a job that still waits. Its stream ends with an `error` event, code CANCELLED; "
     "no token follows.",
-    responses={202: spec(CancelAccepted, "The job ends, or there is none."), 400: INVALID, 413: TOO_LARGE},
+    responses={
+        202: spec(CancelAccepted, "The job ends, or there is none."),
+        400: INVALID,
+        408: TOO_SLOW,
+        413: TOO_LARGE,
+    },
 )
 async def cancel(request: Request[Any, Any, Any], worker: Worker) -> Response[CancelAccepted]:
     job_id: str = parse_body(await read_body(request), CANCEL_FIELDS)["job_id"]

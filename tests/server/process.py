@@ -36,10 +36,15 @@ class Server:
     """`llorch serve` as a user starts it, on a free port of 127.0.0.1."""
 
     def __init__(
-        self, folder: Path, *options: str, env: Mapping[str, str] | None = None, port: int | str | None = 0
+        self,
+        folder: Path,
+        *options: str,
+        env: Mapping[str, str] | None = None,
+        port: int | str | None = 0,
+        wrapper: Sequence[str] = (),
     ) -> None:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("LLORCH_") and "proxy" not in k.lower()}
-        command = [sys.executable, "-m", "llorch", "serve", "--log-format", "json", *options]
+        command = [*wrapper, sys.executable, "-m", "llorch", "serve", "--log-format", "json", *options]
         if port is not None:
             command += ["--port", str(port)]
         self.process = subprocess.Popen(

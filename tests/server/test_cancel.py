@@ -140,9 +140,12 @@ def test_time_limits_end_a_job_with_an_error_event(start: Start) -> None:
         runs.next("started")
         (queued,) = run(other, job_id="waits", **JOB)
         assert (queued["code"], queued["retriable"]) == ("QUEUE_TIMEOUT", True)
+        refused = other.post("/v1/completions", json={"prompt": "Once"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_timeout")
+        assert refused.headers["retry-after"]
         last = list(runs)[-1]
         assert (last["type"], last["code"], last["retriable"]) == ("error", "INFERENCE_TIMEOUT", True)
         assert "0.5 s" in last["message"]
     eventually(lambda: server.metrics()["llorch_kv_blocks_used"] == 0, 2, "the blocks of a job whose time is over")
-    assert server.metrics()['llorch_requests_total{outcome="failed"}'] == 2
+    assert server.metrics()['llorch_requests_total{outcome="failed"}'] == 3
     server.close()

@@ -233,7 +233,7 @@ def test_the_document_describes_each_route(client: httpx.Client) -> None:
     worker = {"/health", "/execute", "/cancel", "/metrics", "/tokenize", "/detokenize", "/debug/engine"}
     assert document["paths"].keys() == worker | openai
     execute = document["paths"]["/execute"]["post"]
-    assert execute["responses"].keys() == {"200", "400", "409", "413", "499", "503"}
+    assert execute["responses"].keys() == {"200", "400", "408", "409", "413", "499", "503"}
     assert execute["responses"]["200"]["content"].keys() == {"text/event-stream"}
     fields = execute["requestBody"]["content"]["application/json"]["schema"]
     assert fields["required"] == ["job_id", "prompt"]

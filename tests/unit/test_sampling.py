@@ -46,6 +46,11 @@ def test_repetition_multiplies_negative_logits_and_divides_positive_ones() -> No
     assert found.tolist() == [-2, 0, 2, -1, 4]
 
 
+def test_a_tiny_repetition_penalty_leaves_logits_finite() -> None:
+    found = sampling.penalise(row([2, 0, -2, np.inf]), np.arange(4), np.ones(4), repetition=5e-324)
+    assert found.tolist() == [np.finfo(np.float32).max, 0, 0, np.inf]
+
+
 def test_frequency_counts_and_presence_does_not() -> None:
     found = sampling.penalise(row([3, 3, 3]), np.array([0, 1]), np.array([4, 1]), frequency=0.5, presence=0.25)
     assert found.tolist() == [0.75, 2.25, 3]

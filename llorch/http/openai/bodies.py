@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from llorch.core.requests import SamplingParams
@@ -129,6 +130,7 @@ def _common(bounds: Bounds) -> tuple[Field, ...]:
     )
 
 
+@lru_cache
 def chat_fields(bounds: Bounds) -> tuple[Field, ...]:
     """The fields of POST /v1/chat/completions that are known; others are passed over."""
     return (
@@ -175,6 +177,7 @@ def chat_fields(bounds: Bounds) -> tuple[Field, ...]:
     )
 
 
+@lru_cache
 def completion_fields(bounds: Bounds) -> tuple[Field, ...]:
     """The fields of POST /v1/completions that are known; others are passed over."""
     return (

@@ -19,6 +19,37 @@ data: [DONE]
 """
 
 
+def _answer(kind: str, content: dict[str, Any]) -> dict[str, Any]:
+    """JSON Schema of an answer that is not streamed; `content` is what a choice holds beside index and reason."""
+    text, count = {"type": "string"}, {"type": "integer", "minimum": 0}
+    logprobs = {"type": "object", "nullable": True}
+    choice = {"index": count, **content, "logprobs": logprobs, "finish_reason": {"type": "string", "nullable": True}}
+    usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), count)
+    fields = {
+        "id": text,
+        "object": {"type": "string", "enum": [kind]},
+        "created": count,
+        "model": text,
+        "system_fingerprint": text,
+        "choices": {"type": "array", "minItems": 1, "items": _object(choice)},
+        "usage": _object(usage),
+    }
+    return _object(fields)
+
+
+def _object(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": list(fields), "properties": fields}
+
+
+_MESSAGE = {
+    "role": {"type": "string", "enum": ["assistant"]},
+    "content": {"type": "string"},
+    "refusal": {"type": "string", "nullable": True},
+}
+CHAT_ANSWER = _answer("chat.completion", {"message": _object(_MESSAGE)})
+COMPLETION_ANSWER = _answer("text_completion", {"text": {"type": "string"}})
+
+
 @dataclass
 class ErrorDetails:
     """`param` is the field that is wrong, or null."""
@@ -58,6 +89,10 @@ class Models:
 INVALID = spec(OpenAIError, "A field is wrong, or the prompt leaves the context no room (context_length_exceeded).")
 NO_MODEL = spec(OpenAIError, "model_not_found: this worker serves another model.")
 TOO_LARGE = spec(OpenAIError, "body_too_large: the body has more bytes than the worker takes.")
+TOO_SLOW = spec(OpenAIError, "request_timeout: the request did not come in time.")
+LEFT = spec(OpenAIError, "cancelled: the request was cancelled.")
+FAILED = spec(OpenAIError, "internal: the worker's log has the details.")
+OUT_OF_TIME = spec(OpenAIError, "inference_timeout: the answer took longer than the worker allows.")
 UNAVAILABLE = spec(OpenAIError, "queue_full or worker_unhealthy, with the header Retry-After.")
 
 
@@ -74,8 +109,12 @@ UNAVAILABLE = spec(OpenAIError, "queue_full or worker_unhealthy, with the header
         200: spec(str, "The completion as JSON, or its chunks.", "text/event-stream", CHUNKS),
         400: INVALID,
         404: NO_MODEL,
+        408: TOO_SLOW,
         413: TOO_LARGE,
+        499: LEFT,
+        500: FAILED,
         503: UNAVAILABLE,
+        504: OUT_OF_TIME,
     },
 )
 async def chat_completions(request: Request[Any, Any, Any], completions: Completions) -> ASGIApp:
@@ -94,8 +133,12 @@ async def chat_completions(request: Request[Any, Any, Any], completions: Complet
         200: spec(str, "The completion as JSON, or its chunks.", "text/event-stream", CHUNKS),
         400: INVALID,
         404: NO_MODEL,
+        408: TOO_SLOW,
         413: TOO_LARGE,
+        499: LEFT,
+        500: FAILED,
         503: UNAVAILABLE,
+        504: OUT_OF_TIME,
     },
 )
 async def text_completions(request: Request[Any, Any, Any], completions: Completions) -> ASGIApp:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -140,9 +139,9 @@ class StreamedReply(Reply):
                 await _send(send, data or sse.KEEP_ALIVE)
         except LlorchError as error:
             _, body = describe(error, self._path)
-            await _send(send, _encode(body))
+            await _send(send, sse.data(body))
         else:
-            usage = _encode(self._format.usage(self._answers)) if self._include_usage else b""
+            usage = sse.data(self._format.usage(self._answers)) if self._include_usage else b""
             await _send(send, usage + DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -157,12 +156,7 @@ class StreamedReply(Reply):
         return []
 
     def _event(self, chunk: dict[str, Any]) -> bytes:
-        return _encode(chunk | {"usage": None} if self._include_usage else chunk)
-
-
-def _encode(content: dict[str, Any]) -> bytes:
-    """One event. JSON escapes every line break, so that `data:` is always a single line."""
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+        return sse.data(chunk | {"usage": None} if self._include_usage else chunk)
 
 
 async def _send(send: Send, data: bytes) -> None:

@@ -1,0 +1,154 @@
+"""HTTP/1.1 as uvicorn speaks it, with what it leaves open: limits for clients that neither send nor read."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import dataclass
+from typing import Any, cast
+
+import h11
+import structlog
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from llorch.http.errors import RETRY_AFTER_SECONDS, dump_json, error_body
+from llorch.http.openai.errors import error_body as openai_error_body
+from llorch.http.openai.errors import is_openai
+
+log = structlog.stdlib.get_logger(__name__)
+
+CODES = {
+    400: "INVALID_REQUEST",
+    408: "REQUEST_TIMEOUT",
+    431: "HEADERS_TOO_LARGE",
+    501: "NOT_IMPLEMENTED",
+    503: "TOO_MANY_CONNECTIONS",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a connection may take."""
+
+    read_seconds: float = 30.0  # from a request's first byte (or the connection's start) to its last
+    write_seconds: float = 60.0  # in which a client that is sent something reads some of it
+    connections: int = sys.maxsize
+
+
+class LimitedProtocol(H11Protocol):
+    """uvicorn times connections between two requests; this class those within one."""
+
+    def __init__(self, *args: Any, limits: Limits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._unsent = 0  # bytes, when the timer was set
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport = cast(asyncio.Transport, transport)
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # pause_writing as soon as the client's system takes no more
+        if len(self.connections) > self._limits.connections:
+            self._refuse(503, f"{self._limits.connections} connections are open, which is the limit: try later")
+        else:
+            self._time_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_read_timer()
+        self._stop_write_timer()
+        super().connection_lost(exc)
+
+    # ---- clients that do not send ----
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._time_reading()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._time_reading()  # the head of a pipelined request may be here in part
+
+    def _time_reading(self) -> None:
+        if not self._reading or self.transport.is_closing():
+            self._stop_read_timer()
+        elif self._read_timer is None:
+            self._read_timer = self.loop.call_later(self._limits.read_seconds, self._late)
+
+    @property
+    def _reading(self) -> bool:
+        """A request is here in part, or the first is to come."""
+        if self.conn.their_state is h11.IDLE:
+            return self.cycle is None or bool(self.conn.trailing_data[0])
+        return self.conn.their_state is h11.SEND_BODY
+
+    def _late(self) -> None:
+        self._read_timer = None
+        seconds = self._limits.read_seconds
+        log.info("connection closed", reason="the client did not send its request in time", limit_s=seconds)
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self.transport.close()  # it has asked for nothing
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # the application need not wait for the rest of the body, nor answer
+            self.cycle.message_event.set()
+        self._refuse(408, f"the request did not come within {seconds:g} s: send it faster")
+
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    # ---- clients that do not read ----
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._time_writing()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
+
+    def _time_writing(self) -> None:
+        self._unsent = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(self._limits.write_seconds, self._stalled)
+
+    def _stalled(self) -> None:
+        if self.transport.get_write_buffer_size() < self._unsent:
+            self._time_writing()
+            return
+        log.info("connection closed", reason="the client did not read", limit_s=self._limits.write_seconds)
+        self.transport.abort()
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    # ---- what never reaches the application ----
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn calls this where it catches h11's error, which knows a better status and the reason."""
+        error = sys.exception()
+        status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        self._refuse(status, f"this is no HTTP request that can be served: {str(error)[:200]}")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: HTTP lets a server pass over an upgrade, and some clients ask for HTTP/2 each time."""
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answers, where that is still possible, and closes the connection."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
+        code, retriable = CODES.get(status, "INVALID_REQUEST"), status in (408, 503)
+        content: dict[str, Any] = error_body(code, message, retriable)
+        if self.scope is not None and is_openai(self.scope["path"]):
+            content = openai_error_body(status, message, None, code.lower())
+        body = dump_json(content)
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        if status == 503:
+            headers.append(("Retry-After", str(RETRY_AFTER_SECONDS["QUEUE_FULL"])))
+        for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

@@ -1,0 +1,227 @@
+"""Connections that take long, hold much, or speak something else: each has an end, and none is an error of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+
+import httpx
+import pytest
+
+from tests.server.conftest import Start
+from tests.server.process import Server, eventually
+from tests.server.wire import Answer, connect, request
+
+JOB = {"job_id": "limits", "prompt": "Once", "max_tokens": 2, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def strict(start: Start) -> Iterator[Server]:
+    server = start("--read-timeout", "0.5", "--write-timeout", "0.5", "--max-tokens-limit", "400").wait_healthy()
+    yield server
+    server.close()
+
+
+def talk(url: str, *parts: bytes, pause: float = 0.0, answers: int = 1) -> tuple[list[Answer], bytes]:
+    """Sends the parts with a pause between them; the answers, and what comes until the server closes."""
+
+    async def conversation() -> tuple[list[Answer], bytes]:
+        async with connect(url) as wire:
+
+            async def send() -> None:
+                for part in parts:
+                    await wire.send(part)
+                    await asyncio.sleep(pause)
+
+            sending = asyncio.create_task(send())
+            found = [await wire.answer(10) for _ in range(answers)]
+            sending.cancel()
+            closes = not found or found[-1].headers.get("connection") == "close"
+            return found, await wire.closed(10) if closes else b""
+
+    return asyncio.run(conversation())
+
+
+# ---- clients that are slow ----
+
+SLOW = {
+    "head": [b"POST /execute HTTP/1.1\r\n", *[b"X-Slow: 1\r\n"] * 20],
+    "body": [request("POST", "/execute", b"", {"Content-Length": "100"}), *[b" "] * 20],
+    "chunked body": [
+        request("POST", "/execute", b"", {"Transfer-Encoding": "chunked"}),
+        *[b"1\r\n \r\n"] * 20,
+    ],
+    "body of a route that takes none": [
+        request("GET", "/metrics", b"", {"Content-Length": "100", "Connection": "close"}),
+        *[b" "] * 20,
+    ],
+}
+
+
+@pytest.mark.parametrize("where", SLOW)
+def test_a_request_that_trickles_in_ends_with_408(strict: Server, where: str) -> None:
+    began = time.monotonic()
+    answers, rest = talk(strict.url, *SLOW[where], pause=0.1)
+    assert time.monotonic() - began < 5
+    if where == "body of a route that takes none":
+        assert answers[0].status == 200  # at once
+    else:
+        assert (answers[0].status, answers[0].json()["code"]) == (408, "REQUEST_TIMEOUT")
+        assert answers[0].json()["retriable"] is True
+        assert "0.5 s" in answers[0].json()["message"]
+    assert rest == b""
+
+
+def test_below_v1_a_408_has_the_shape_of_openai(strict: Server) -> None:
+    parts = [request("POST", "/v1/completions", b"", {"Content-Length": "100"}), *[b" "] * 20]
+    answers, _ = talk(strict.url, *parts, pause=0.1)
+    assert answers[0].status == 408
+    assert answers[0].json()["error"]["code"] == "request_timeout"
+
+
+def test_a_connection_that_says_nothing_is_closed(strict: Server) -> None:
+    assert talk(strict.url, answers=0) == ([], b"")
+    # and again behind an answer: the next request begins and does not go on
+    first = request("GET", "/health")
+    answers, _ = talk(strict.url, first, b"GET /hea", pause=0.05, answers=2)
+    assert [answer.status for answer in answers] == [200, 408]
+
+
+def test_a_request_as_slow_as_is_allowed_is_served(strict: Server) -> None:
+    sent = request("POST", "/execute", JOB)
+    answers, _ = talk(strict.url, sent[:40], sent[40:90], sent[90:], pause=0.05)
+    assert (answers[0].status, answers[0].events[-1]["type"]) == (200, "end")
+
+
+def test_an_answer_takes_longer_than_a_request_may(start: Start) -> None:
+    """The limits are the client's: neither an idle stream nor an idle connection between two requests is cut off."""
+    limits = ("--read-timeout", "0.2", "--write-timeout", "0.2")
+    server = start("--provider", "paced", *limits, env={"PACED_STEP_SECONDS": "0.3"}).wait_healthy()
+    with server.client() as client:
+        for number in range(2):
+            response = client.post("/execute", json=JOB | {"job_id": f"idle {number}", "max_tokens": 3})
+            assert '"stop_reason"' in response.text
+            time.sleep(0.5)
+    server.close()
+
+
+def test_a_client_that_does_not_read_is_cut_off(strict: Server) -> None:
+    """Thousands of requests whose answers it leaves where they are."""
+    sent = request("GET", "/docs/openapi.json") * 500
+
+    async def conversation() -> None:
+        async with connect(strict.url) as wire:
+            wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            wire.writer.write(sent)
+            await asyncio.to_thread(lambda: eventually(lambda: cut_off() > before, 20, "a connection that is closed"))
+
+    def cut_off() -> int:
+        return len(strict.logged("connection closed", reason="the client did not read"))
+
+    before = cut_off()
+    asyncio.run(conversation())
+
+
+# ---- clients that are many ----
+
+
+def test_connections_beyond_what_the_system_allows_are_told_so(start: Start) -> None:
+    descriptors = 128 + 32  # the first are the server's own
+    server = start(wrapper=("sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh")).wait_healthy()
+
+    async def crowd() -> list[Answer]:
+        async with AsyncExitStack() as stack:
+            wires = [await stack.enter_async_context(connect(server.url)) for _ in range(40)]
+            for wire in wires[:30]:
+                assert (await wire.ask("GET", "/health")).status == 200
+            return [await wire.answer(10) for wire in wires[-5:]]  # unasked: they are not let in at all
+
+    for answer in asyncio.run(crowd()):
+        assert (answer.status, answer.json()["code"]) == (503, "TOO_MANY_CONNECTIONS")
+        assert answer.headers["retry-after"]
+        assert "32 connections" in answer.json()["message"]
+    server.wait_healthy()  # once the crowd has gone
+    server.close()
+
+
+# ---- what is no request, or one of an unusual kind ----
+
+BIG = b"x" * 70_000
+CASES: dict[str, tuple[bytes, int]] = {
+    "binary": (bytes(range(256)) * 4 + b"\r\n\r\n", 400),
+    "tls": (bytes.fromhex("1603010200010001fc0303") + b"\r\n\r\n", 400),
+    "http/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 404),
+    "no version": (b"GET /health\r\n\r\n", 400),
+    "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400),
+    "two hosts": (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    "a space before the colon": (b"GET /health HTTP/1.1\r\nHost : a\r\n\r\n", 400),
+    "a NUL in the target": (b"GET /hea\x00lth HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    "a NUL in a header": (b"GET /health HTTP/1.1\r\nHost: a\r\nX-A: \x00\r\n\r\n", 400),
+    "a negative length": (b"POST /cancel HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n", 400),
+    "a length that is no number": (b"POST /cancel HTTP/1.1\r\nHost: a\r\nContent-Length: ten\r\n\r\n", 400),
+    "two lengths": (b"POST /cancel HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400),
+    "a chunk without a size": (b"POST /cancel HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+    "an unknown transfer encoding": (b"POST /cancel HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
+    "a header flood": (b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"X-A: b\r\n" * 60_000, 431),
+    "a header without an end": (b"GET /health HTTP/1.1\r\nHost: a\r\nX-A: " + BIG, 431),
+    "a target without an end": (b"GET /" + BIG, 431),
+    "http/1.0": (b"GET /health HTTP/1.0\r\n\r\n", 200),
+    "a target with a host": (b"GET http://a/health HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+    "a star": (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+    "connect": (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+    "trace": (b"TRACE /health HTTP/1.1\r\nHost: a\r\n\r\n", 405),
+    "an unknown method": (b"BREW /health HTTP/1.1\r\nHost: a\r\n\r\n", 405),
+    "a wrong method": (b"PUT /execute HTTP/1.1\r\nHost: a\r\n\r\n", 405),
+    "options": (b"OPTIONS /execute HTTP/1.1\r\nHost: a\r\n\r\n", 204),
+    "a query of 8 KiB": (b"GET /health?" + b"a=b&" * 2000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+    "a query that is none": (b"GET /health?%%%&=&&[]=%ff HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+    "a path that is no UTF-8": (b"GET /%ff%fe%00 HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+    "a path that climbs": (b"GET /docs/assets/../../../etc/passwd HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+    "a path that climbs in code": (b"GET /docs/assets/%2e%2e%2f%2e%2e%2fetc%2fpasswd HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+    "a wish for a websocket": (
+        b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+        200,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_no_ordinary_request_is_answered(server: Server, name: str) -> None:
+    sent, status = CASES[name]
+    answers, _ = talk(server.url, sent)
+    assert answers[0].status == status, answers[0]
+    if status >= 400:
+        assert answers[0].json().keys() == {"code", "message", "retriable"}
+        assert len(answers[0].body) < 1000
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_head_has_the_headers_alone(server: Server) -> None:
+    with server.client() as client:
+        head = client.head("/health")
+        assert (head.status_code, head.content) == (200, b"")
+        assert int(head.headers["content-length"]) > 100
+        assert client.head("/execute").status_code == 405
+        assert client.get("/health").status_code == 200  # on the same connection
+
+
+def test_a_client_that_expects_100_continue_is_told_to(server: Server) -> None:
+    head = request("POST", "/cancel", b"", {"Content-Length": "15", "Expect": "100-continue"})
+
+    async def conversation() -> Answer:
+        async with connect(server.url) as wire:
+            await wire.send(head)
+            assert (await wire.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
+            await wire.send(b'{"job_id": "a"}')
+            return await wire.answer()
+
+    assert asyncio.run(conversation()).status == 202
+
+
+def test_requests_that_are_sent_together_are_answered_in_order(server: Server) -> None:
+    jobs = [request("POST", "/execute", JOB | {"job_id": f"pipelined {i}"}) for i in range(3)]
+    answers, _ = talk(server.url, b"".join(jobs), answers=3)
+    assert [answer.events[0]["job_id"] for answer in answers] == [f"pipelined {i}" for i in range(3)]
+    assert all(answer.events[-1]["type"] == "end" for answer in answers)
