@@ -103,13 +103,16 @@ class Client:
     port: int
     prompt: list[int]
     tokens: int
+    endless: bool = False  # noise must not end itself; whole rows of logits are read for that
     times: list[float] = field(default_factory=list)
     sent: float = 0.0
     count: int = 0
 
     def run(self) -> None:
         body = {"prompt": self.prompt, "max_tokens": self.tokens, "temperature": 0, "stream": True}
-        body |= {"stream_options": {"include_usage": True}, "logit_bias": {"2": -100}}  # noise must not end itself
+        body |= {"stream_options": {"include_usage": True}}
+        if self.endless:
+            body["logit_bias"] = {"2": -100}
         connection = http.client.HTTPConnection("127.0.0.1", self.port)
         self.sent = time.perf_counter()
         connection.request("POST", "/v1/completions", json.dumps(body))
@@ -177,11 +180,12 @@ def _throughput(arguments: argparse.Namespace) -> dict[str, Any]:
                 print(
                     f"round {i + 1}, {count} clients: {ours[count][-1]:.1f}, peer {peer[count][-1:]}", file=sys.stderr
                 )
-    found = {f"tokens_per_second_{count}": statistics.median(rates) for count, rates in ours.items()}
+    found: dict[str, Any] = {f"tokens_per_second_{count}": statistics.median(rates) for count, rates in ours.items()}
     found["many_over_one"] = statistics.median(ours[many]) / statistics.median(ours[1])
     if arguments.llamacpp_python:
         found |= {f"llamacpp_tokens_per_second_{count}": statistics.median(rates) for count, rates in peer.items()}
-        found["over_llamacpp"] = statistics.median(ours[many]) / statistics.median(peer[many])
+        ratios = [mine / theirs for mine, theirs in zip(ours[many], peer[many], strict=True)]
+        found["over_llamacpp"], found["over_llamacpp_by_round"] = statistics.median(ratios), ratios
     return found
 
 
@@ -214,7 +218,9 @@ def _gap(arguments: argparse.Namespace) -> dict[str, Any]:
                 step for step in _steps(port) if not step["decodes"] and step["prompt_tokens"] in range(size, size + 33)
             ]
             alone.append(steps[-1]["milliseconds"])
-            streams = [Client(port, _prompt(("stream", i, j), PROMPT_TOKENS), 400) for j in range(STREAMS)]
+            streams = [
+                Client(port, _prompt(("stream", i, j), PROMPT_TOKENS), 400, endless=True) for j in range(STREAMS)
+            ]
             threads = [threading.Thread(target=stream.run) for stream in streams]
             for thread in threads:
                 thread.start()
