@@ -8,16 +8,21 @@ import numpy.typing as npt
 
 from llorch.providers.spec import HostWeight, Use
 
+DISTINCT = 1 << 16  # blocks
 SMALLEST, LARGEST = 0.05, 4.0  # of a block's largest value: scales vary, and no block drowns the others
 
 
 def random_blocks(rng: np.random.Generator, type_name: str, rows: int, cols: int) -> npt.NDArray[np.uint8]:
-    """Flat raw blocks whose every bit is random but for what makes a block's values senseless (those are redrawn)."""
+    """Flat raw blocks whose every bit is random but for what makes a block's values senseless (those are redrawn).
+
+    Those of a large matrix repeat after DISTINCT.
+    """
     kind = gguf.GGMLQuantizationType[type_name]
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     if type_name in ("F32", "F16", "BF16"):
         return _plain(rng, type_name, rows * cols)
-    wanted, kept, found = rows * (cols // elements), [], 0
+    needed = rows * (cols // elements)
+    wanted, kept, found = min(needed, DISTINCT), [], 0
     while found < wanted:
         blocks = rng.integers(0, 256, (max(64, 4 * (wanted - found)), size), dtype=np.uint8)
         with np.errstate(all="ignore"):
@@ -25,7 +30,7 @@ def random_blocks(rng: np.random.Generator, type_name: str, rows: int, cols: int
             sensible = blocks[(peak >= SMALLEST) & (peak <= LARGEST)]
         kept.append(sensible)
         found += len(sensible)
-    return np.concatenate(kept)[:wanted].reshape(-1)
+    return np.resize(np.concatenate(kept)[:wanted], (needed, size)).reshape(-1)
 
 
 def _plain(rng: np.random.Generator, type_name: str, count: int) -> npt.NDArray[np.uint8]:

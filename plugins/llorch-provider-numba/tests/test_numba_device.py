@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llorch_provider_numba import compiler, hosts, pool, provider
+from llorch_provider_numba.memory import LINE, Arena
 
 from llorch.errors import DeviceMemoryError, ProviderUnavailableError
 from llorch.providers import CacheSpec, DeviceOptions
@@ -73,6 +74,24 @@ def test_first_runs_at_once_compile_into_one_cache(tmp_path: Path) -> None:
     assert "compiles" not in again.stderr
     (folder,) = (tmp_path / "llorch" / "numba").iterdir()
     assert [path.name for path in folder.iterdir()] == [f"Q4_0-{hosts.choose().name}.o"]
+
+
+def test_a_later_start_loads_no_numba() -> None:
+    code = (
+        "import sys; from llorch_provider_numba import provider; provider.open().close(); print('numba' in sys.modules)"
+    )
+    run = [sys.executable, "-c", code]
+    subprocess.run(run, check=True, timeout=240)  # compiles what is not there yet
+    again = subprocess.run(run, check=True, timeout=60, capture_output=True, text=True)
+    assert again.stdout.strip() == "False"
+
+
+def test_weights_lie_side_by_side() -> None:
+    arena = Arena(5000)
+    first, second, outside = arena.take(100), arena.take(4000), arena.take(2000)
+    assert second.ctypes.data - first.ctypes.data == 128
+    assert not 0 <= outside.ctypes.data - first.ctypes.data < 5000
+    assert all(part.ctypes.data % LINE == 0 for part in (first, second, outside))
 
 
 def test_another_version_has_another_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from llorch_provider_numba import emitter, hosts, provider
-from llorch_provider_numba.compiler import optimised
-from llorch_provider_numba.formats import FORMATS
+from llorch_provider_numba.compiler import optimised, softmax_kernels
+from llorch_provider_numba.formats import FORMATS, SEGMENT
 from llorch_provider_numba.operations import NumbaOps
 
 from llorch.errors import ProviderUnavailableError
@@ -40,6 +41,29 @@ def test_products_of_every_host_path_here(isa: str, kind: str, monkeypatch: pyte
     exact = kind in ("F32", "F16", "BF16") or not hosts.HOSTS[isa].rounds
     assert error < (1e-10 if exact else 5e-4)
     assert error > 1e-9 or exact, "activations were not rounded: another path ran"
+
+
+@pytest.mark.parametrize("isa", hosts.usable())
+def test_the_softmax_of_every_host_path_here(isa: str) -> None:
+    """Rows that see different columns, none, and -inf beyond float32's smallest exponential."""
+    kernels = softmax_kernels(hosts.HOSTS[isa])
+    for rows, address in kernels.items():
+        rng = np.random.default_rng(rows)
+        scores = (10 * rng.standard_normal((rows, SEGMENT))).astype(np.float32)
+        scores[0, 5] = -np.inf
+        low = np.array([3 * r for r in range(rows)], np.int32)
+        high = np.array([200 - 5 * r if r != 3 else low[r] for r in range(rows)], np.int32)
+        largest, sums, weights = low.copy(), high.copy(), np.full((SEGMENT, rows), 7, np.float32)
+        kernel = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(address)
+        kernel(scores.ctypes.data, 0, 13, weights.ctypes.data, largest.ctypes.data, sums.ctypes.data)
+        for r in range(rows):
+            seen = scores[r, low[r] : high[r]].astype(np.float64)
+            expected = np.zeros(208)
+            expected[low[r] : high[r]] = np.exp(seen - seen.max(initial=-np.inf)) if len(seen) else 0
+            np.testing.assert_allclose(weights[:208, r], expected, rtol=5e-6, atol=1e-30)
+            assert sums.view(np.float32)[r] == pytest.approx(expected.sum(), rel=1e-6)
+            assert largest.view(np.float32)[r] == seen.max(initial=-np.inf)
+        assert (weights[208:] == 7).all()
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q6_K", "IQ4_XS"])

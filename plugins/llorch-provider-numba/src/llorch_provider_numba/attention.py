@@ -2,8 +2,8 @@
 
 A block of the cache holds, for each key head, keys as [block_size / 16][head_dim][16] and values as
 [head_dim / 16][block_size][16]: both are weights in groups of 16 rows (tokens, and dimensions), so that the kernels of
-emitter.py make the scores of all queries that share keys, and mix their values. head_dim is padded to 4 for keys and
-to 16 for values.
+emitter.py make the scores of all queries that share keys, and mix their values; between them is softmax.py. head_dim is
+padded to 4 for keys and to 16 for values.
 
 The context is cut every SEGMENT tokens from its beginning. A segment gives each query its largest score, the sum of
 its weights and the mixed values; these are merged in their order (Milakov and Gimelshein, 2018; Dao et al., 2022), by
@@ -14,35 +14,38 @@ operations are the same, so a query's result depends on its own context alone.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from llorch_provider_numba.intrinsics import call_product, floats, half_of, halves, ints, load_f64, load_i32, load_i64
+from llorch_provider_numba.formats import SEGMENT
+from llorch_provider_numba.intrinsics import (
+    call_product,
+    call_softmax,
+    floats,
+    half_of,
+    halves,
+    inlined,
+    ints,
+    load_f64,
+    load_i32,
+    load_i64,
+    native,
+    prefetch,
+)
 from llorch_provider_numba.products import tile_of
 from llorch_provider_numba.rows import ONE, ZERO, exp32
 
-SEGMENT = 256
 HALF_MAX = np.float32(65504)
-NO_SCORE = np.float32(-np.inf)
 
 # Slots of a record (program.py): q, k, v, out, keys, values, slots, positions, sequence ids, block tables, max blocks,
 # heads, kv heads, head dim, block size, tokens, width of a cached value, window (0: none), scale, soft cap (0: none),
 # scratch, bytes of it per thread, partials (0: not split), segments, tokens of a tile, largest tile, kernels by size
-# of tile 1, 2, 4, 8, their groups
+# of tile 1, 2, 4, 8, their groups, kernels of the softmax
 Q, K, V, OUT, KEYS, VALUES, SLOTS, POSITIONS, SEQUENCES, TABLES, MAX_BLOCKS = range(24, 24 + 88, 8)
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TOKENS, WIDTH, WINDOW, SCALE, SOFT_CAP = range(112, 112 + 72, 8)
-SCRATCH, THREAD_BYTES, PARTIALS, SEGMENTS, TILE_TOKENS, LARGEST, KERNELS, GROUPS = (
-    184,
-    192,
-    200,
-    208,
-    216,
-    224,
-    232,
-    264,
-)
+SCRATCH, THREAD_BYTES, PARTIALS, SEGMENTS, TILE_TOKENS, LARGEST = range(184, 184 + 48, 8)
+KERNELS, GROUPS, SOFTMAX = range(232, 232 + 96, 32)
 
 
-@njit
+@native
 def append(p, t):
     """Writes a token's keys and values to its slot."""
     kv_heads, dim, size, width = (
@@ -71,12 +74,12 @@ def append(p, t):
                 values2[(d // 16 * size + offset) * 16 + d % 16] = _finite_half(v[d])
 
 
-@njit(inline="always")
+@inlined
 def _finite_half(x):
     return half_of(min(max(x, -HALF_MAX), HALF_MAX))
 
 
-@njit
+@native
 def attend(p, item, thread):
     """An item is a tile of tokens and a key head; split, a token, a key head and a segment."""
     kv_heads, tokens = load_i64(p + KV_HEADS), load_i64(p + TOKENS)
@@ -102,7 +105,7 @@ def attend(p, item, thread):
         t = end
 
 
-@njit
+@native
 def combine(p, item):
     """Merges what `attend` left of a token and a key head, where it was split."""
     kv_heads, heads, dim = load_i64(p + KV_HEADS), load_i64(p + HEADS), load_i64(p + HEAD_DIM)
@@ -123,7 +126,7 @@ def combine(p, item):
     _finish(into, out, group, dim)
 
 
-@njit(inline="always")
+@inlined
 def _visible(p, positions, t, end):
     """The keys that any query of tokens t .. end - 1 sees."""
     window = load_i64(p + WINDOW)
@@ -131,7 +134,7 @@ def _visible(p, positions, t, end):
     return max(first, 0), np.int64(positions[end - 1]) + 1
 
 
-@njit
+@native
 def _whole(p, t, end, head, sequence, positions, thread):
     """All segments of neighbouring tokens of one sequence."""
     heads, kv_heads, dim = load_i64(p + HEADS), load_i64(p + KV_HEADS), load_i64(p + HEAD_DIM)
@@ -154,7 +157,7 @@ def _whole(p, t, end, head, sequence, positions, thread):
             floats(out, group * dim)[:] = ZERO
 
 
-@njit(inline="always")
+@inlined
 def _place(p, thread, part):
     """A worker's own memory: 0 queries, 1 scores, 2 weights, 3 and 4 partial results."""
     at = load_i64(p + SCRATCH) + thread * load_i64(p + THREAD_BYTES)
@@ -164,7 +167,7 @@ def _place(p, thread, part):
     return at + 4 * (offset + (rows * dim if part == 4 else 0))
 
 
-@njit
+@native
 def _pack_queries(p, t, end, head, thread):
     """Rows of queries (a token's heads, then the next token's) as tiles [head_dim][rows of the tile]."""
     heads, kv_heads, dim = load_i64(p + HEADS), load_i64(p + KV_HEADS), load_i64(p + HEAD_DIM)
@@ -182,7 +185,7 @@ def _pack_queries(p, t, end, head, thread):
             packed[at + d * size] = ZERO
 
 
-@njit
+@native
 def _segment(p, t, end, head, segment, partial, thread):
     """partial: [rows] largest scores, [rows] sums, [rows, head_dim] mixed values, of one segment of the context."""
     heads, kv_heads = load_i64(p + HEADS), load_i64(p + KV_HEADS)
@@ -196,6 +199,9 @@ def _segment(p, t, end, head, segment, partial, thread):
     table = ints(load_i64(p + TABLES) + 4 * sequence * load_i64(p + MAX_BLOCKS), load_i64(p + MAX_BLOCKS))
     for at in range(begin, last, size):
         block = (np.int64(table[at // size]) * kv_heads + head) * size
+        if at + size < last:
+            _fetch(p, KEYS, (np.int64(table[at // size + 1]) * kv_heads + head) * size)
+        _fetch(p, VALUES, block)
         _score(p, block, rows, at - first, min(size, last - at), thread)
     _soften(p, t, rows, first, begin - first, last - first, partial, thread)
     for at in range(begin, last, size):
@@ -203,7 +209,18 @@ def _segment(p, t, end, head, segment, partial, thread):
         _mix(p, block, rows, at - first, min(size, last - at), at > begin, partial + 8 * rows, thread)
 
 
-@njit
+@native
+def _fetch(p, which, block):
+    """Asks for a block's keys or values ahead of their use: blocks lie apart, and the hardware follows rows only."""
+    size = load_i64(p + BLOCK_SIZE) * load_i64(p + WIDTH)
+    dim = load_i64(p + HEAD_DIM)
+    dim = (dim + 3) // 4 * 4 if which == KEYS else (dim + 15) // 16 * 16
+    start = load_i64(p + which) + block * dim * load_i64(p + WIDTH)
+    for offset in range(0, size * dim, 64):
+        prefetch(start + offset)
+
+
+@native
 def _score(p, block, rows, column, count, thread):
     """scores[rows, SEGMENT] of `count` keys of a block."""
     key_dim = (load_i64(p + HEAD_DIM) + 3) // 4 * 4
@@ -223,55 +240,35 @@ def _score(p, block, rows, column, count, thread):
         row += size
 
 
-@njit
+@native
 def _soften(p, t, rows, first, begin, last, partial, thread):
     """Weights exp(score - largest) of each row, zero where it sees nothing, as tiles [SEGMENT][rows of the tile]."""
     group, window = load_i64(p + HEADS) // load_i64(p + KV_HEADS), load_i64(p + WINDOW)
     positions = ints(load_i64(p + POSITIONS), t + (rows - 1) // group + 1)
-    largest_scores, sums = floats(partial, rows), floats(partial + 4 * rows, rows)
-    weights = floats(_place(p, thread, 2), rows * SEGMENT)
-    cap, padded = np.float32(load_f64(p + SOFT_CAP)), min((last + 3) // 4 * 4, SEGMENT)
+    lows, highs = ints(partial, rows), ints(partial + 4 * rows, rows)  # where the kernel puts its results
+    cap = np.float32(load_f64(p + SOFT_CAP))
     for row in range(rows):
-        start, size = tile_of(row, rows, load_i64(p + LARGEST))
         position = np.int64(positions[t + row // group]) - first
         low = max(begin, position - window + 1) if window > 0 else begin
-        high = max(min(last, position + 1), low)
-        scores = floats(_place(p, thread, 1) + 4 * row * SEGMENT, SEGMENT)
+        high = min(last, position + 1)
+        lows[row], highs[row] = low, high
         if cap > ZERO:
+            scores = floats(_place(p, thread, 1) + 4 * row * SEGMENT, SEGMENT)
             for i in range(low, high):
                 scores[i] = cap * np.tanh(scores[i] / cap)
-        largest = _largest(scores, low, high)
-        sums[row] = _exponentials(scores, low, high, largest)
-        largest_scores[row] = largest
-        at = start * SEGMENT + row - start
-        for i in range(begin, low):
-            weights[at + i * size] = ZERO
-        for i in range(low, high):
-            weights[at + i * size] = scores[i]
-        for i in range(high, padded):
-            weights[at + i * size] = ZERO
+    row = 0
+    while row < rows:
+        _, size = tile_of(row, rows, load_i64(p + LARGEST))
+        which = 0 if size == 1 else 1 if size == 2 else 2 if size == 4 else 3
+        at = 4 * row * SEGMENT
+        call_softmax(
+            load_i64(p + SOFTMAX + 8 * which), _place(p, thread, 1) + at, begin // 16, (last + 15) // 16,
+            _place(p, thread, 2) + at, partial + 4 * row, partial + 4 * (rows + row),
+        )  # fmt: skip
+        row += size
 
 
-@njit(fastmath={"nnan", "nsz", "reassoc"})
-def _largest(scores, low, high):
-    found = NO_SCORE
-    for i in range(low, high):
-        if scores[i] > found:
-            found = scores[i]
-    return found
-
-
-@njit(fastmath={"reassoc"})
-def _exponentials(scores, low, high, largest):
-    total = ZERO
-    for i in range(low, high):
-        scores[i] = exp32(scores[i] - largest)
-    for i in range(low, high):
-        total += scores[i]
-    return total
-
-
-@njit
+@native
 def _mix(p, block, rows, column, count, adds, out, thread):
     """out[rows, head_dim] = or += weights @ values of `count` tokens of a block."""
     dim, size_of_block, width = load_i64(p + HEAD_DIM), load_i64(p + BLOCK_SIZE), load_i64(p + WIDTH)
@@ -292,7 +289,7 @@ def _mix(p, block, rows, column, count, adds, out, thread):
         row += size
 
 
-@njit
+@native
 def _merge(into, partial, rows, dim):
     """Two partial results of the same queries, the second of a later segment."""
     most, more = floats(into, rows * (dim + 2)), floats(partial, rows * (dim + 2))
@@ -312,7 +309,7 @@ def _merge(into, partial, rows, dim):
             most[at + d] = most[at + d] * keep + more[at + d] * add
 
 
-@njit(inline="always")
+@inlined
 def _finish_rows(total, out, rows, first, count, dim):
     found, result = floats(total, rows * (dim + 2)), floats(out, count * dim)
     for i in range(count):
@@ -321,6 +318,6 @@ def _finish_rows(total, out, rows, first, count, dim):
             result[i * dim + d] = found[2 * rows + (first + i) * dim + d] * factor
 
 
-@njit
+@native
 def _finish(total, out, rows, dim):
     _finish_rows(total, out, rows, 0, rows, dim)

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 import platformdirs
 
-from llorch_provider_numba import emitter
+from llorch_provider_numba import emitter, softmax
 from llorch_provider_numba.formats import FORMATS
 from llorch_provider_numba.hosts import Host
 
@@ -66,10 +65,17 @@ def _initialize() -> None:
     llvm.initialize_native_asmprinter()
 
 
+def native_machine() -> llvm.TargetMachine:
+    """The CPU this runs on."""
+    return _machine(llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+
+
 def target_machine(host: Host) -> llvm.TargetMachine:
+    return _machine(host.cpu, host.features) if host.cpu else native_machine()
+
+
+def _machine(cpu: str, features: str) -> llvm.TargetMachine:
     _initialize()
-    cpu = host.cpu or llvm.get_host_cpu_name()
-    features = host.features if host.cpu else llvm.get_host_cpu_features().flatten()
     target = llvm.Target.from_triple(llvm.get_process_triple())
     return target.create_target_machine(cpu=cpu, features=features, opt=2, jit=True, codemodel="jitdefault")
 
@@ -89,20 +95,38 @@ def optimised(text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
 def product_kernels(type_name: str, host: Host) -> dict[int, int]:
     """Addresses of a weight type's kernels, by the tokens of a tile."""
     form = FORMATS[type_name]
+    names = {t: emitter.kernel_name(form, t) for t in host.tiles}
+    return _addresses(type_name, f"products of {type_name}", host, names, emitter.product_module, form, host)
 
+
+@functools.cache
+def softmax_kernels(host: Host) -> dict[int, int]:
+    """Addresses of the softmax's kernels, by the rows of a tile."""
+    names = {rows: softmax.kernel_name(rows) for rows in host.tiles}
+    return _addresses("softmax", "the softmax", host, names, softmax.softmax_module, host.tiles)
+
+
+def _addresses(
+    file: str, what: str, host: Host, names: dict[int, str], module: Callable[..., Any], *arguments: Any
+) -> dict[int, int]:
     def compiled() -> bytes:
         machine = target_machine(host)
-        text = str(emitter.product_module(form, host, llvm.get_process_triple()))
+        text = str(module(*arguments, llvm.get_process_triple()))
         found: bytes = machine.emit_object(optimised(text, machine))
         return found
 
-    content = kept(f"{type_name}-{host.name}.o", f"products of {type_name} for {host.name}", compiled)
+    engine = loaded(kept(f"{file}-{host.name}.o", f"{what} for {host.name}", compiled))
+    return {size: engine.get_function_address(name) for size, name in names.items()}
+
+
+def loaded(content: bytes) -> Any:
+    """An engine that has the addresses of an object's functions."""
     with _lock:
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine(host))
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), native_machine())
         engine.add_object_file(llvm.ObjectFileRef.from_data(content))
         engine.finalize_object()
         _engines.append(engine)
-    return {t: engine.get_function_address(emitter.kernel_name(form, t)) for t in host.tiles}
+    return engine
 
 
 def kept(name: str, what: str, make: Callable[[], bytes]) -> bytes:
@@ -115,22 +139,6 @@ def kept(name: str, what: str, make: Callable[[], bytes]) -> bytes:
         content = make()
         write_atomically(path, content)
         return content
-
-
-def compiled(signature: str, what: str) -> Callable[[Any], Any]:
-    """Like numba.njit for one signature, with its cache in the folder of this state of things."""
-
-    def decorate(function: Any) -> Any:
-        folder, before = cache_folder(), numba.config.CACHE_DIR
-        if not any(folder.rglob(f"*.{function.__name__}-*.nbi")):
-            announce(what)
-        numba.config.CACHE_DIR = str(folder)
-        try:
-            return numba.njit(signature, nogil=True, cache=True, error_model="numpy")(function)
-        finally:
-            numba.config.CACHE_DIR = before
-
-    return decorate
 
 
 def announce(what: str) -> None:

@@ -25,6 +25,8 @@ from llorch_provider_numba.forecast import scratch_bytes
 from llorch_provider_numba.formats import FORMATS, Format, groups_of, nbytes
 from llorch_provider_numba.hosts import Host
 from llorch_provider_numba.memory import (
+    LINE,
+    Arena,
     Bytes,
     Inputs,
     KVCache,
@@ -32,12 +34,11 @@ from llorch_provider_numba.memory import (
     aligned,
     cache_bytes,
     forget_pages,
-    in_huge_pages,
     rounded_up,
 )
+from llorch_provider_numba.native import entry
 from llorch_provider_numba.pool import Pool, default_threads
 from llorch_provider_numba.program import Launcher
-from llorch_provider_numba.repack import repack, repack_plain
 
 CAPTURE_SIZES = (
     *range(1, 17),
@@ -68,12 +69,17 @@ class NumbaDevice:
         self.launcher = Launcher(self._pool)
         self._loaders = ThreadPoolExecutor(self.threads, "repack")
         self._scratch: dict[str, Bytes] = {}
+        self._weights = Arena(0)
 
     # ---- for the operations ----
 
     def kernels(self, type_name: str) -> dict[int, int]:
         """Addresses of a weight type's kernels by tokens of a tile."""
         return compiler.product_kernels(type_name, self.host)
+
+    def softmax_kernels(self) -> dict[int, int]:
+        """Addresses by rows of a tile."""
+        return compiler.softmax_kernels(self.host)
 
     def scratch(self, name: str, size: int) -> Bytes:
         """At least `size` bytes, shared by all sites that ask for the name: operations run one after another."""
@@ -86,25 +92,27 @@ class NumbaDevice:
 
     def expect(self, weights: Sequence[HostWeight]) -> str:
         """Raises DeviceMemoryError before anything is loaded where the weights cannot fit."""
-        need = sum(self._size(w) for w in weights)
+        need = self._arena_bytes(weights)
         free = self.memory().free
         if need > free:
             raise DeviceMemoryError(
                 f"the weights take {need / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: "
                 "use a more strongly quantised model"
             )
+        self._weights = Arena(need)
         return f"weights: {need / 2**30:.2f} GiB, quantised as in the file, 16 rows side by side"
+
+    def _arena_bytes(self, weights: Sequence[HostWeight]) -> int:
+        return sum(self._size(weight) + LINE for weight in weights)
 
     def _size(self, weight: HostWeight) -> int:
         return nbytes(FORMATS[weight.type], weight.shape) if len(weight.shape) == 2 else weight.nbytes
 
     def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
-        sizes = list(map(self._size, weights))
-        return MemoryNeed(
-            weights=sum(sizes),
-            cache=cache_bytes(cache),
-            scratch=scratch_bytes(specs, self.host, self.threads) + sum(map(rounded_up, sizes)),
-        )
+        arena = self._arena_bytes(weights)
+        unused = arena - sum(map(self._size, weights)) + rounded_up(arena)
+        scratch = scratch_bytes(specs, self.host, self.threads) + unused
+        return MemoryNeed(weights=sum(map(self._size, weights)), cache=cache_bytes(cache), scratch=scratch)
 
     def weight(self, host_weight: HostWeight) -> Weight:
         shape = host_weight.shape
@@ -112,17 +120,16 @@ class NumbaDevice:
             vector = aligned(host_weight.nbytes).view(np.float32)
             vector[...] = host_weight.data.view(np.float32)
             return Weight(vector, "F32", shape)
-        memory = in_huge_pages(self._size(host_weight))
+        memory = self._weights.take(self._size(host_weight))
         form = FORMATS[host_weight.type]
         where = (host_weight.data.ctypes.data, memory.ctypes.data, *shape)
         numbers = form.numbers() if isinstance(form, Format) else None
+        repack = entry("repack_plain" if numbers is None else "repack")
+        how = form.width if numbers is None else numbers.ctypes.data
 
         def slab(first: int) -> None:
             last = min(first + SLICE, groups_of(shape[0]))
-            if isinstance(form, Format):
-                repack(*where, numbers, first, last)
-            else:
-                repack_plain(*where, form.width, first, last)
+            repack(*where, how, first, last)
 
         for _ in self._loaders.map(slab, range(0, groups_of(shape[0]), SLICE)):
             pass
@@ -174,3 +181,4 @@ class NumbaDevice:
         self._pool.close()
         self._loaders.shutdown()
         self._scratch.clear()
+        self._weights = Arena(0)

@@ -50,7 +50,7 @@ from llorch_provider_numba.ir_tools import (
 RECORD, FLOAT_RECORD = BLOCK + 16, 4 * (BLOCK + 2)
 SIGNATURE = ir.FunctionType(ir.VoidType(), [I64] * 9)
 
-PREFETCH = 1024  # bytes of each group
+PREFETCH, PLAIN_PREFETCH = 4096, 1024  # bytes ahead, of each group
 
 
 def record_bytes(form: Format | PlainFormat, host: Host) -> int:
@@ -61,10 +61,13 @@ def record_bytes(form: Format | PlainFormat, host: Host) -> int:
 
 
 def groups_for(form: Format | PlainFormat, tokens: int) -> int:
-    """Groups side by side: enough streams for one token, enough sums for more."""
+    """Groups side by side: enough sums to keep a core's multipliers busy.
+
+    A block of quants is enough for one token; its weights are then read in a row, which memory likes best.
+    """
     if isinstance(form, PlainFormat):
         return 4 if tokens == 1 else 2
-    return {1: 4, 2: 2}.get(tokens, 1)
+    return 2 if tokens == 2 else 1
 
 
 def kernel_name(form: Format | PlainFormat, tokens: int) -> str:
@@ -143,10 +146,10 @@ class _Kernel:
 
     def _prefetch(self, address: ir.Value, lines: int) -> None:
         """Asks for what lies ahead: the hardware alone does not keep memory busy from a few cores."""
-        b = self.b
+        b, ahead = self.b, PLAIN_PREFETCH if isinstance(self.form, PlainFormat) else PREFETCH
         fetch = intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         for line in range(lines):
-            place = b.inttoptr(at(b, address, PREFETCH + VECTOR * line), I8.as_pointer())
+            place = b.inttoptr(at(b, address, ahead + VECTOR * line), I8.as_pointer())
             b.call(fetch, [place, constant(I32, 0), constant(I32, 2), constant(I32, 1)])
 
     # ---- plain weights ----

@@ -22,6 +22,7 @@ import numpy.typing as npt
 LANES = 16  # rows of a group
 BLOCK = 32  # columns that share a scale of the activations
 VECTOR = 4 * LANES  # bytes
+SEGMENT = 256  # tokens of context that attention takes at once
 
 # ggml's table of the non-linear 4-bit types, kvalues_iq4nl
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

@@ -1,37 +1,52 @@
 """Runs a program, a list of records of operations, on all threads of a pool: one native call for a whole step.
 
-Every thread runs the same loop. An operation is cut into items; threads take the next one that is left, so a thread
-that is held up holds up nobody for longer than an item. A barrier follows where the next operation needs the result.
-Items don't depend on who does them.
+Every thread runs the same loop. An operation is cut into items, these into parts, one a thread: a thread takes the
+next item that is left of its own part, so that it reads weights in a row, and then of others', so that a thread that is
+held up holds up nobody for longer than an item. A barrier follows where the next operation needs the result. Items
+don't depend on who does them.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from llorch_provider_numba import attention, products, rows
-from llorch_provider_numba.compiler import compiled
-from llorch_provider_numba.intrinsics import atomic_add, atomic_load, atomic_swap, call_yield, load_i64, pause
-
-RECORD = 320  # bytes of an operation: 40 slots
-LINE = 64  # counters lie apart, so that threads don't wait for each other's cache lines
-
-# What all threads share, by byte offset: how many programs were started, the program, its operations, its counters,
-# arrivals at barriers ever, arrivals before this program, the address of the system's yield, whether the pool ends,
-# and for each thread a flag, 1 while it sleeps, with the starter's mark beside it
-STARTED, PROGRAM, COUNT, COUNTERS, ARRIVED, BASE, YIELD, ENDING, ASLEEP = (LINE * i for i in range(9))
-
-(
-    PREPARE, MULTIPLY, RMSNORM, ROPE, SWIGLU, ADD, GATHER, ARGMAX, EMBED, APPEND, ATTEND, COMBINE,
-) = range(12)  # fmt: skip
+from llorch_provider_numba.intrinsics import atomic_add, atomic_load, atomic_swap, call_yield, load_i64, native, pause
+from llorch_provider_numba.protocol import (
+    ADD,
+    APPEND,
+    ARGMAX,
+    ARRIVED,
+    ASLEEP,
+    ATTEND,
+    BASE,
+    COMBINE,
+    COUNT,
+    COUNTERS,
+    EMBED,
+    ENDED,
+    ENDING,
+    GATHER,
+    JOIN,
+    LINE,
+    MULTIPLY,
+    PARTS,
+    PREPARE,
+    PROGRAM,
+    RECORD,
+    RMSNORM,
+    ROPE,
+    SERVE,
+    START,
+    STARTED,
+    SWIGLU,
+    YIELD,
+)
 
 SPINS = 4000  # pauses at a barrier before the thread lets others run
-ENDED = -1
-START, JOIN, SERVE, LIE_DOWN = range(4)
 
 
-@njit
+@native
 def _do(p, operation, item, thread):
     if operation == MULTIPLY:
         products.multiply(p, item)
@@ -59,17 +74,23 @@ def _do(p, operation, item, thread):
         rows.embed(p, item)
 
 
-@njit
+@native
 def _run(shared, program, count, counters, base, thread, threads):
     """slots of every record: operation, items, whether a barrier follows"""
-    passed = base
+    passed, parts = base, min(threads, PARTS)
+    own = thread * parts // threads
     for i in range(count):
         p = program + RECORD * i
         operation, items = load_i64(p), load_i64(p + 8)
-        item = atomic_add(counters + LINE * i, 1)
-        while item < items:
-            _do(p, operation, item, thread)
-            item = atomic_add(counters + LINE * i, 1)
+        for turn in range(parts):
+            part = (own + turn) % parts
+            end = items * (part + 1) // parts
+            counter = counters + LINE * (i * parts + part)
+            item = items * part // parts + atomic_load(counter)
+            while item < end:
+                item = items * part // parts + atomic_add(counter, 1)
+                if item < end:
+                    _do(p, operation, item, thread)
         if load_i64(p + 16) != 0 and threads > 1:
             passed += threads
             atomic_add(shared + ARRIVED, 1)
@@ -82,7 +103,7 @@ def _run(shared, program, count, counters, base, thread, threads):
                     call_yield(load_i64(shared + YIELD))
 
 
-@njit
+@native
 def _join(shared, thread, threads):
     """A thread's part of the program that was started last."""
     _run(
@@ -91,10 +112,10 @@ def _join(shared, thread, threads):
     )  # fmt: skip
 
 
-@njit
+@native
 def _publish(shared, program, count, counters, threads):
     """Returns how many threads sleep. Theirs is the mark beside their flag: the caller has to wake them."""
-    for i in range(count):
+    for i in range(count * min(threads, PARTS)):
         atomic_swap(counters + LINE * i, 0)
     atomic_swap(shared + PROGRAM, program)
     atomic_swap(shared + COUNT, count)
@@ -110,7 +131,7 @@ def _publish(shared, program, count, counters, threads):
     return asleep
 
 
-@njit
+@native
 def _serve(shared, thread, threads, seen, spins):
     """Runs what is started, until nothing was for a while. Returns how many programs it has seen, or ENDED."""
     waited = 0
@@ -128,7 +149,7 @@ def _serve(shared, thread, threads, seen, spins):
             return seen
 
 
-@njit
+@native
 def _lie_down(shared, thread, seen):
     """Whether the thread may sleep: not where a program came meanwhile and nobody has promised to wake it."""
     flag = shared + ASLEEP + LINE * thread
@@ -138,16 +159,16 @@ def _lie_down(shared, thread, seen):
     return np.int64(1)
 
 
-@compiled("int64(int64, int64, int64, int64, int64, int64, int64)", "the operations, which takes half a minute")
+@native
 def drive(what, shared, thread, threads, a, b, c):
     """The one compiled entry: START (program, count, counters), JOIN, SERVE (seen, spins) or LIE_DOWN (seen)."""
     if what == START:
         asleep = _publish(shared, a, b, c, threads)
         if asleep == 0:
-            _join(shared, 0, threads)
+            _join(shared, np.int64(0), threads)
         return np.int64(asleep)
     if what == JOIN:
-        _join(shared, 0, threads)
+        _join(shared, np.int64(0), threads)
         return np.int64(0)
     if what == SERVE:
         return _serve(shared, thread, threads, a, b)

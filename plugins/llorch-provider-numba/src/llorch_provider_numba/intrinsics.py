@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
+from functools import partial
+
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np import arrayobj
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 
-
-@intrinsic
-def _void_pointer(_typing, address):
-    def codegen(_context, b, _signature, args):
-        return b.inttoptr(args[0], I8.as_pointer())
-
-    return types.voidptr(types.int64), codegen
+# no reference counts (arrays are views of memory at an address), no exceptions: nothing of Numba's is needed to run it
+native = partial(njit, error_model="numpy", _nrt=False)
+inlined = native(inline="always")
 
 
 def _loader(kind, result):
@@ -39,34 +37,38 @@ load_u32, load_i64 = _loader(I32, types.uint32), _loader(I64, types.int64)
 load_i32, load_f64 = _loader(I32, types.int32), _loader(ir.DoubleType(), types.float64)
 
 
-@njit(inline="always")
-def floats(address, count):
-    return carray(_void_pointer(address), (count,), np.float32)
+def _viewer(kind):
+    """view(address, count): an array of memory that belongs to somebody else."""
+    array_type = types.Array(kind, 1, "C")
+
+    @intrinsic
+    def view(_typing, address, count):
+        def codegen(context, b, _signature, args):
+            array = context.make_array(array_type)(context, b)
+            size = context.get_constant(types.intp, kind.bitwidth // 8)
+            arrayobj.populate_array(
+                array, data=b.inttoptr(args[0], array.data.type), shape=[args[1]], strides=[size], itemsize=size,
+                meminfo=None,
+            )  # fmt: skip
+            return array._getvalue()
+
+        return array_type(types.int64, types.int64), codegen
+
+    return view
 
 
-@njit(inline="always")
-def ints(address, count):
-    return carray(_void_pointer(address), (count,), np.int32)
+floats, doubles, ints = _viewer(types.float32), _viewer(types.float64), _viewer(types.int32)
+bytes_at, halves, words = _viewer(types.int8), _viewer(types.uint16), _viewer(types.uint32)
 
 
-@njit(inline="always")
-def doubles(address, count):
-    return carray(_void_pointer(address), (count,), np.float64)
+@intrinsic
+def room_for_words(_typing):
+    """The address of eight 32-bit words that live as long as the function's call."""
 
+    def codegen(_context, b, _signature, _args):
+        return b.ptrtoint(cgutils.alloca_once(b, I32, size=I32(8)), I64)
 
-@njit(inline="always")
-def bytes_at(address, count):
-    return carray(_void_pointer(address), (count,), np.int8)
-
-
-@njit(inline="always")
-def halves(address, count):
-    return carray(_void_pointer(address), (count,), np.uint16)
-
-
-@njit(inline="always")
-def words(address, count):
-    return carray(_void_pointer(address), (count,), np.uint32)
+    return types.int64(), codegen
 
 
 def _converter(convert, argument, result):
@@ -133,6 +135,19 @@ def pause(_typing):
 
 
 @intrinsic
+def prefetch(_typing, address):
+    """Asks for a cache line, for the second level."""
+
+    def codegen(context, b, _signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+        b.call(fetch, [b.inttoptr(args[0], I8.as_pointer()), I32(0), I32(2), I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def call_yield(_typing, address):
     """Calls int f(void), the system's way to let another thread run."""
 
@@ -153,3 +168,15 @@ def call_product(_typing, kernel, w, group_bytes, groups, x, units, out, stride,
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 10), codegen
+
+
+@intrinsic
+def call_softmax(_typing, kernel, scores, first, last, weights, largest, sums):
+    """Calls a kernel of softmax.py."""
+
+    def codegen(context, b, _signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 6)
+        b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), codegen

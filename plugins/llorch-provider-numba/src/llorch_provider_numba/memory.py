@@ -27,7 +27,9 @@ def aligned(nbytes: int) -> Bytes:
 def in_huge_pages(nbytes: int) -> Bytes:
     """Zeros. In pages of 4 KiB, reading weights once a token would wait for address translation."""
     if nbytes < HUGE_PAGE:
-        return aligned(nbytes)
+        small = aligned(nbytes)
+        small[...] = 0
+        return small
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # private: Python's default is shared memory, which Linux does not give huge pages
         pages = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -42,6 +44,21 @@ def in_huge_pages(nbytes: int) -> Bytes:
 def rounded_up(nbytes: int) -> int:
     """Bytes of the last huge page of so much memory that nothing uses."""
     return -nbytes % HUGE_PAGE if nbytes >= HUGE_PAGE else 0
+
+
+class Arena:
+    """Room for a model's weights, side by side: each in pages of its own would waste one of 2 MiB at its end."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory, self._used = in_huge_pages(nbytes), 0
+
+    def take(self, nbytes: int) -> Bytes:
+        """Memory that begins at a cache line; from elsewhere where the arena is full."""
+        start = -(-self._used // LINE) * LINE
+        if start + nbytes > self._memory.nbytes:
+            return in_huge_pages(nbytes)
+        self._used = start + nbytes
+        return self._memory[start : self._used]
 
 
 def forget_pages(data: npt.NDArray[Any]) -> None:
@@ -98,12 +115,12 @@ class KVCache:
         dtype = {"f32": np.float32, "f16": np.uint16}[spec.dtype]
         per_head = spec.kv_heads * spec.block_size
         key_dim, value_dim = _padded_dims(spec)
+        keys, values = spec.blocks * per_head * key_dim, spec.blocks * per_head * value_dim
         # zeros: memory comes when it is first written, and what was never written is no NaN
+        whole = in_huge_pages(spec.layers * (keys + values) * dtype().itemsize).view(dtype)
+        layers = whole.reshape(spec.layers, keys + values)
         self.layers = [
-            LayerCache(
-                np.zeros((spec.blocks, per_head * key_dim), dtype), np.zeros((spec.blocks, per_head * value_dim), dtype)
-            )
-            for _ in range(spec.layers)
+            LayerCache(layer[:keys].reshape(spec.blocks, -1), layer[keys:].reshape(spec.blocks, -1)) for layer in layers
         ]
 
     def copy(self, src: int, dst: int) -> None:

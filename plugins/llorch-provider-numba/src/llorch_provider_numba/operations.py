@@ -25,13 +25,11 @@ from llorch.providers import (
     TopkSpec,
     hookimpl,
 )
-from llorch_provider_numba import emitter, interpreter, products
-from llorch_provider_numba.attention import SEGMENT
+from llorch_provider_numba import emitter, protocol
 from llorch_provider_numba.device import NumbaDevice
-from llorch_provider_numba.formats import BLOCK, FORMATS, Format, groups_of, units_of
+from llorch_provider_numba.formats import BLOCK, FORMATS, SEGMENT, Format, groups_of, units_of
 from llorch_provider_numba.memory import LayerCache, Weight
 from llorch_provider_numba.program import Record, Site, address, record
-from llorch_provider_numba.rows import ELEMENTS
 
 Array = Any  # a NumPy array
 
@@ -48,7 +46,7 @@ class NumbaOps:
         def records(out: Array, tokens: Array, table: Weight) -> list[Record]:
             where = (address(out), address(tokens), table.address)
             sizes = (spec.cols, group_bytes, form.unit_bytes, form.code, numbers.ctypes.data)
-            return [record(interpreter.EMBED, len(out), (*where, *sizes))]
+            return [record(protocol.EMBED, len(out), (*where, *sizes))]
 
         return Site(device.launcher, spec, records)
 
@@ -106,16 +104,16 @@ class NumbaOps:
 
     @hookimpl
     def swiglu(self, device: NumbaDevice, spec: SwigluSpec) -> Kernel:
-        return Site(device.launcher, spec, lambda *tensors: [_elementwise(interpreter.SWIGLU, *tensors)])
+        return Site(device.launcher, spec, lambda *tensors: [_elementwise(protocol.SWIGLU, *tensors)])
 
     @hookimpl
     def add(self, device: NumbaDevice, spec: AddSpec) -> Kernel:
-        return Site(device.launcher, spec, lambda *tensors: [_elementwise(interpreter.ADD, *tensors)])
+        return Site(device.launcher, spec, lambda *tensors: [_elementwise(protocol.ADD, *tensors)])
 
     @hookimpl
     def gather(self, device: NumbaDevice, spec: GatherSpec) -> Kernel:
         def records(out: Array, x: Array, rows: Array) -> list[Record]:
-            return [record(interpreter.GATHER, len(out), (address(out), address(x), address(rows), spec.dim))]
+            return [record(protocol.GATHER, len(out), (address(out), address(x), address(rows), spec.dim))]
 
         return Site(device.launcher, spec, records)
 
@@ -126,18 +124,18 @@ class NumbaOps:
 
         def records(values: Array, ids: Array, logits: Array) -> list[Record]:
             where = (address(values), address(ids), address(logits), spec.vocab)
-            return [record(interpreter.ARGMAX, len(logits), where)]
+            return [record(protocol.ARGMAX, len(logits), where)]
 
         return Site(device.launcher, spec, records)
 
 
 def _norm(spec: RMSNormSpec, out: Array, x: Array, y: Array | None, weight: Weight) -> Record:
     slots = (address(out), address(x), address(y), weight.address, spec.dim, float(spec.eps))
-    return record(interpreter.RMSNORM, len(out), slots)
+    return record(protocol.RMSNORM, len(out), slots)
 
 
 def _elementwise(operation: int, out: Array, x: Array, y: Array) -> Record:
-    return record(operation, -(-out.size // ELEMENTS), (address(out), address(x), address(y), out.size))
+    return record(operation, -(-out.size // protocol.ELEMENTS), (address(out), address(x), address(y), out.size))
 
 
 def _rotation(device: NumbaDevice, spec: RopeSpec, kv_heads: int) -> Callable[..., Record]:
@@ -148,7 +146,7 @@ def _rotation(device: NumbaDevice, spec: RopeSpec, kv_heads: int) -> Callable[..
     def rotate(q: Array, k: Array | None, positions: Array) -> Record:
         where = (address(q), address(k), address(positions), frequencies.ctypes.data)
         sizes = (pairs, spec.heads, kv_heads, spec.head_dim, half, float(spec.magnitude), turns.ctypes.data)
-        return record(interpreter.ROPE, len(q), (*where, *sizes))
+        return record(protocol.ROPE, len(q), (*where, *sizes))
 
     return rotate
 
@@ -179,8 +177,8 @@ class _Products:
         form = FORMATS[part.type]
         columns = units_of(form, part.cols) * form.unit
         if not isinstance(form, Format):
-            return columns, products.PLAIN, 0, 0, 0
-        kind = products.ROUNDED if self._host.rounds else products.KEPT
+            return columns, protocol.PLAIN, 0, 0, 0
+        kind = protocol.ROUNDED if self._host.rounds else protocol.KEPT
         return columns // BLOCK, kind, form.segment, self._host.offset(form), int(form.minima)
 
     def records(
@@ -195,7 +193,7 @@ class _Products:
         made = []
         for way, area in self._areas.items():
             slots = (address(x), base + area, tokens, cols, *way, largest)
-            made.append(record(interpreter.PREPARE, tokens, slots, barrier=len(made) == len(self._areas) - 1))
+            made.append(record(protocol.PREPARE, tokens, slots, barrier=len(made) == len(self._areas) - 1))
         for part, out, w, bias in zip(self._parts, outs, weights, biases, strict=True):
             form, groups = FORMATS[part.type], groups_of(part.rows)
             units = units_of(form, part.cols)
@@ -205,8 +203,8 @@ class _Products:
                 *_by_tile(self._kernels[part.type]), *(emitter.groups_for(form, t) for t in (1, 2, 4, 8)),
                 *up, address(self._gated),
             )  # fmt: skip
-            chunks = -(-groups // products.CHUNK)
-            made.append(record(interpreter.MULTIPLY, chunks, slots, barrier=part is self._parts[-1]))
+            chunks = -(-groups // protocol.CHUNK)
+            made.append(record(protocol.MULTIPLY, chunks, slots, barrier=part is self._parts[-1]))
         return made
 
 
@@ -217,7 +215,7 @@ def _by_tile(kernels: dict[int, int]) -> list[int]:
 
 def _attention(device: NumbaDevice, spec: AttentionSpec) -> Callable[..., list[Record]]:
     kind = {"f32": "F32", "f16": "F16"}[spec.cache_dtype]
-    kernels, form = device.kernels(kind), FORMATS[kind]
+    kernels, softmax, form = device.kernels(kind), device.softmax_kernels(), FORMATS[kind]
     group, largest = spec.heads // spec.kv_heads, device.host.tiles[0]
     tile = max(1, largest // group)
     rows = tile * group
@@ -236,10 +234,10 @@ def _attention(device: NumbaDevice, spec: AttentionSpec) -> Callable[..., list[R
             *where, address(batch.sequence_ids), address(batch.block_tables), spec.max_blocks, spec.heads,
             spec.kv_heads, spec.head_dim, spec.block_size, tokens, form.width, spec.window or 0, float(spec.scale),
             float(spec.soft_cap or 0), address(scratch), thread_bytes, partials, segments, tile, largest,
-            *_by_tile(kernels), *(emitter.groups_for(form, t) for t in (1, 2, 4, 8)),
+            *_by_tile(kernels), *(emitter.groups_for(form, t) for t in (1, 2, 4, 8)), *_by_tile(softmax),
         )  # fmt: skip
         items = pairs * segments if split else -(-tokens // tile) * spec.kv_heads
-        made = [record(interpreter.APPEND, tokens, slots), record(interpreter.ATTEND, items, slots)]
-        return [*made, record(interpreter.COMBINE, pairs, slots)] if split else made
+        made = [record(protocol.APPEND, tokens, slots), record(protocol.ATTEND, items, slots)]
+        return [*made, record(protocol.COMBINE, pairs, slots)] if split else made
 
     return records

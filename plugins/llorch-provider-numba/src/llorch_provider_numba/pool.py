@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from llorch_provider_numba.interpreter import (
+from llorch_provider_numba.native import entry
+from llorch_provider_numba.protocol import (
     ASLEEP,
     ENDED,
     ENDING,
     JOIN,
     LIE_DOWN,
     LINE,
+    PARTS,
     RECORD,
     SERVE,
     START,
     YIELD,
-    drive,
 )
 
 SPINS = 20_000  # pauses before a thread sleeps, about a millisecond: the host's part of a decode step is shorter
@@ -72,7 +73,7 @@ class Pool:
     """The calling thread is one of `threads`."""
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
+        self.threads, self._drive = threads, entry("drive")
         whole = np.zeros((ASLEEP + LINE * threads) // 8 + 8, np.int64)
         skipped = -whole.ctypes.data % LINE // 8
         self._shared = whole[skipped:]
@@ -88,12 +89,13 @@ class Pool:
 
     def run(self, program: Program) -> None:
         """Returns when all of it is done. One thread at a time may call it."""
-        if program.count > len(self._counters):
-            self._counters = np.zeros((program.count, LINE // 8), np.int64)
+        needed = program.count * min(self.threads, PARTS)
+        if needed > len(self._counters):
+            self._counters = np.zeros((needed, LINE // 8), np.int64)
         counters = self._counters.ctypes.data
-        if drive(START, self._address, 0, self.threads, program.address, program.count, counters):
+        if self._drive(START, self._address, 0, self.threads, program.address, program.count, counters):
             self._wake()
-            drive(JOIN, self._address, 0, self.threads, 0, 0, 0)
+            self._drive(JOIN, self._address, 0, self.threads, 0, 0, 0)
 
     def _wake(self) -> None:
         for thread in range(1, self.threads):
@@ -105,10 +107,10 @@ class Pool:
     def _work(self, thread: int) -> None:
         address, seen = self._address, 0
         while True:
-            seen = drive(SERVE, address, thread, self.threads, seen, SPINS, 0)
+            seen = self._drive(SERVE, address, thread, self.threads, seen, SPINS, 0)
             if seen == ENDED:
                 return
-            if drive(LIE_DOWN, address, thread, self.threads, seen, 0, 0):
+            if self._drive(LIE_DOWN, address, thread, self.threads, seen, 0, 0):
                 self._locks[thread].acquire()
 
     def close(self) -> None:

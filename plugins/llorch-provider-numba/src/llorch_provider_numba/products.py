@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from llorch_provider_numba.intrinsics import bits_of, bytes_at, call_product, float_of, floats, ints, load_i64
+from llorch_provider_numba.intrinsics import (
+    bits_of,
+    bytes_at,
+    call_product,
+    float_of,
+    floats,
+    inlined,
+    ints,
+    load_i64,
+    native,
+)
+from llorch_provider_numba.protocol import CHUNK, PLAIN, ROUNDED
 from llorch_provider_numba.rows import MAGIC, MAGIC_BITS, ONE, ZERO, silu
 
-CHUNK = 4  # groups of rows of an item
 INT8_MAX = np.float32(127)
 MAGNITUDE = np.int32(0x7FFFFFFF)
 
-PLAIN, ROUNDED, KEPT = 0, 1, 2  # kinds of prepared activations: columns, int8 records, float32 records
 
-
-@njit(inline="always")
+@inlined
 def tile_of(t, tokens, largest):
     """(start, size) of the tile that a token is in: as many of the largest size as fit, then a smaller one each."""
     whole = tokens // largest * largest
@@ -31,7 +38,7 @@ def tile_of(t, tokens, largest):
     return start, size
 
 
-@njit
+@native
 def prepare(p, t):
     """slots: x, prepared, tokens, cols, blocks, kind, segment, offset, minima, largest tile"""
     tokens, cols, blocks, kind = load_i64(p + 40), load_i64(p + 48), load_i64(p + 56), load_i64(p + 64)
@@ -57,7 +64,7 @@ def prepare(p, t):
             _keep(x[block * 32 : block * 32 + 32], here, segment, np.float32(offset), minima)
 
 
-@njit(inline="always")
+@inlined
 def _round(x, here, segment, offset, minima):
     """32 columns as int8 with one scale, the largest magnitude / 127."""
     largest = np.int32(0)
@@ -87,7 +94,7 @@ def _round(x, here, segment, offset, minima):
         corrections[0], corrections[1] = low * offset, high * offset
 
 
-@njit(inline="always")
+@inlined
 def _keep(x, here, segment, offset, minima):
     out, low, high = floats(here, 34), ZERO, ZERO
     for i in range(16):
@@ -99,7 +106,7 @@ def _keep(x, here, segment, offset, minima):
     out[32], out[33] = low * factor, high * factor
 
 
-@njit
+@native
 def multiply(p, chunk):
     """slots: w, group bytes, groups, units, prepared, bytes of a token in it, out, rows, tokens, bias (0: none),
     largest tile, four kernels by size of tile 1, 2, 4, 8, their groups, and for gate_up_swiglu: up, up's bias, scratch
@@ -127,7 +134,7 @@ def multiply(p, chunk):
         start += size
 
 
-@njit
+@native
 def _tile(p, w, bias, out, first, last, start, size):
     """Groups first to last - 1 times one tile of tokens."""
     group_bytes, units, rows = load_i64(p + 32), load_i64(p + 48), load_i64(p + 80)

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llorch.providers import OpSpec, Step
-from llorch_provider_numba.interpreter import RECORD
 from llorch_provider_numba.pool import Pool, Program
+from llorch_provider_numba.protocol import RECORD
 
 Record = npt.NDArray[np.int64]
 

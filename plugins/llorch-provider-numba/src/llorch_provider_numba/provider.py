@@ -12,7 +12,7 @@ class NumbaProvider:
     summary = "vector kernels made by Numba and LLVM on the CPU; weights stay quantised"
     requires = "numba and llvmlite"
     api_version = API_VERSION
-    priority = -1  # to be named: peak memory while loading is above its goal, and long contexts are not yet measured
+    priority = 20  # the fastest on a CPU: docs/benchmarks.md
     batch_invariant = True  # every kernel of a product does the same operations in the same order (emitter.py)
     rounds_activations = True  # to int8, a scale per 32 columns, before a product with quantised weights
 

@@ -6,16 +6,25 @@ Block formats: ggml's `ggml-common.h` and `ggml-quants.c`. Numbers of types are 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from llorch_provider_numba.compiler import compiled
-from llorch_provider_numba.intrinsics import bytes_at, halves, load_u8, load_u16, load_u32, words
+from llorch_provider_numba.intrinsics import (
+    bytes_at,
+    halves,
+    inlined,
+    load_i64,
+    load_u8,
+    load_u16,
+    load_u32,
+    native,
+    room_for_words,
+    words,
+)
 
 NIBBLES, PAIRS, ONES = np.uint32(0x0F0F0F0F), np.uint32(0x03030303), np.uint32(0x01010101)
 SPREAD = np.uint32(0x00204081)  # times four bits: a bit to the bottom of each byte
 
 
-@njit(inline="always")
+@inlined
 def _nibbles(v, raw):
     """16 bytes: low nibbles are columns 0 to 15, high ones 16 to 31."""
     for k in range(4):
@@ -24,7 +33,7 @@ def _nibbles(v, raw):
         v[4 + k] = (word >> np.uint32(4)) & NIBBLES
 
 
-@njit(inline="always")
+@inlined
 def _shifted_nibbles(v, raw, high):
     """32 bytes whose low or high nibbles are the columns."""
     shift = np.uint32(4 if high else 0)
@@ -32,7 +41,7 @@ def _shifted_nibbles(v, raw, high):
         v[k] = (load_u32(raw + 4 * k) >> shift) & NIBBLES
 
 
-@njit(inline="always")
+@inlined
 def _fifth_bits(v, bits):
     """Bit c of a word is the fifth bit of column c."""
     for k in range(8):
@@ -40,13 +49,13 @@ def _fifth_bits(v, bits):
         v[k] |= ((four * SPREAD) & ONES) << np.uint32(4)
 
 
-@njit(inline="always")
+@inlined
 def _high_bits(v, raw, shift, mask, position):
     for k in range(8):
         v[k] |= ((load_u32(raw + 4 * k) >> np.uint32(shift)) & mask) << np.uint32(position)
 
 
-@njit
+@native
 def unpack(code, raw, block, v):
     """The quants of 32 columns, v[k] those of columns 4 k to 4 k + 3. `raw`: the block, or the super-block it is in."""
     half, quarter = block // 4, block % 4
@@ -81,7 +90,7 @@ def unpack(code, raw, block, v):
         _nibbles(v, raw + 8 + 16 * block)
 
 
-@njit(inline="always")
+@inlined
 def _plane(v, out, at, width, position):
     """Packs bits position .. position + width - 1 of the eight words into `width`, 16 words apart."""
     mask = np.uint32(((1 << width) - 1) * 0x01010101)
@@ -92,7 +101,7 @@ def _plane(v, out, at, width, position):
         out[at + 16 * i] = word
 
 
-@njit(inline="always")
+@inlined
 def pack(bits, v, out, at):
     """Writes the planes of one row's block."""
     if bits == 4:
@@ -112,7 +121,7 @@ def pack(bits, v, out, at):
             _plane(v, out, at + 32, 1, 2)
 
 
-@njit
+@native
 def scale(code, raw, s):
     """The integer scale of segment s of a super-block."""
     if code == 10:  # Q2_K
@@ -131,7 +140,7 @@ def scale(code, raw, s):
     return (low | (load_u16(raw + 2) >> (2 * s) & 3) << 4) - 32
 
 
-@njit
+@native
 def minimum(code, raw, s):
     if code == 10:
         return load_u8(raw + s) >> 4
@@ -140,7 +149,7 @@ def minimum(code, raw, s):
     return load_u8(raw + 8 + s) >> 4 | load_u8(raw + 4 + s) >> 6 << 4
 
 
-@njit
+@native
 def half(code, raw, index):
     """The bits of a float16 of a super-block: its scale, and its minimum, which is subtracted in the file."""
     if code == 10:
@@ -154,15 +163,25 @@ def half(code, raw, index):
     return found ^ (0x8000 if index == 1 else 0)
 
 
-# `form`: Format.numbers
-@compiled("void(int64, int64, int64, int64, int64[::1], int64, int64)", "the repacking of quantised weights")
+@native
 def repack(source, target, rows, cols, form, first, last):
-    """Groups first to last - 1 of a quantised matrix."""
-    code, raw_bytes, raw_columns, unit_columns, unit_bytes = form[0], form[1], form[2], form[3], form[4]
-    bits, n_halves, scales_at, minima_at, blocks_at, segments = form[5], form[6], form[7], form[8], form[9], form[10]
+    """Groups first to last - 1 of a quantised matrix. `form`: the address of Format.numbers."""
+    code, raw_bytes, raw_columns = load_i64(form), load_i64(form + 8), load_i64(form + 16)
+    unit_columns, unit_bytes, bits, n_halves = (
+        load_i64(form + 24),
+        load_i64(form + 32),
+        load_i64(form + 40),
+        load_i64(form + 48),
+    )
+    scales_at, minima_at, blocks_at, segments = (
+        load_i64(form + 56),
+        load_i64(form + 64),
+        load_i64(form + 72),
+        load_i64(form + 80),
+    )
     units, row_bytes = -(-cols // unit_columns), cols // raw_columns * raw_bytes
     blocks = unit_columns // 32
-    v = np.zeros(8, np.uint32)
+    v = words(room_for_words(), 8)
     for group in range(first, last):
         for unit in range(units):
             to = target + (group * units + unit) * unit_bytes
@@ -193,9 +212,10 @@ def repack(source, target, rows, cols, form, first, last):
                             out_halves[16 * (block * n_halves + i) + lane] = load_u16(raw + 2 * i)
                         unpack(code, raw, 0, v)
                         pack(bits, v, out, (blocks_at + block * bits * 64) // 4 + lane)
+    return np.int64(0)
 
 
-@compiled("void(int64, int64, int64, int64, int64, int64, int64)", "the repacking of float weights")
+@native
 def repack_plain(source, target, rows, cols, width, first, last):
     """Groups of a float matrix: [units, 4, 16], zeros behind the last row and column."""
     units, per_unit = -(-cols // 4), 64
@@ -218,3 +238,4 @@ def repack_plain(source, target, rows, cols, width, first, last):
                 row2 = halves(source + (group * 16 + lane) * cols * 2, cols)
                 for c in range(cols):
                     out2[16 * c + lane] = row2[c]
+    return np.int64(0)

@@ -6,7 +6,6 @@ Each takes the address of its record in a program (`program.py`) and the number 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from llorch_provider_numba.intrinsics import (
     bits_of,
@@ -16,14 +15,15 @@ from llorch_provider_numba.intrinsics import (
     float_of_half,
     floats,
     halves,
+    inlined,
     ints,
     load_f64,
     load_i64,
     load_u8,
     load_u16,
+    native,
 )
-
-ELEMENTS = 4096  # of an item of an elementwise operation
+from llorch_provider_numba.protocol import ELEMENTS
 
 LOG2E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 C0, C1, C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
@@ -37,7 +37,7 @@ LOWEST, HIGHEST = np.float32(-87.0), np.float32(88.0)
 MAGIC_BITS = np.int32(0x4B400000)
 
 
-@njit(inline="always")
+@inlined
 def exp32(x):
     """e^x within 2e-7, x cut to -87 .. 88. Range reduction and polynomial: Cephes' expf (Moshier)."""
     x = min(max(x, LOWEST), HIGHEST)
@@ -49,12 +49,12 @@ def exp32(x):
     return (p * r * r + r + ONE) * power
 
 
-@njit(inline="always")
+@inlined
 def silu(gate):
     return gate / (ONE + exp32(-gate))
 
 
-@njit(fastmath={"reassoc", "contract"})
+@native(fastmath={"reassoc", "contract"})
 def _sum_of_squares(x):
     total = ZERO
     for i in range(len(x)):
@@ -62,7 +62,7 @@ def _sum_of_squares(x):
     return total
 
 
-@njit
+@native
 def rmsnorm(p, t):
     """slots: out, x, y (0: none; else x += y first), weight, dim, eps"""
     dim = load_i64(p + 56)
@@ -78,7 +78,7 @@ def rmsnorm(p, t):
         out[i] = x[i] * factor * weight[i]
 
 
-@njit
+@native
 def rope(p, t):
     """slots: q, k (0: none), positions, frequencies, pairs, heads, kv heads, head dim, half, magnitude, turns"""
     pairs, heads, kv_heads, dim = load_i64(p + 56), load_i64(p + 64), load_i64(p + 72), load_i64(p + 80)
@@ -95,7 +95,7 @@ def rope(p, t):
         _rotate(k, turns, pairs, kv_heads, dim, half)
 
 
-@njit
+@native
 def _rotate(x, turns, pairs, heads, dim, half):
     step, apart = (1, pairs) if half else (2, 1)
     for head in range(heads):
@@ -105,7 +105,7 @@ def _rotate(x, turns, pairs, heads, dim, half):
             x[first], x[first + apart] = a * cos - b * sin, a * sin + b * cos
 
 
-@njit
+@native
 def swiglu(p, item):
     """slots: out, gate, up, count"""
     begin, end = item * ELEMENTS, min(load_i64(p + 48), (item + 1) * ELEMENTS)
@@ -114,7 +114,7 @@ def swiglu(p, item):
         out[i] = silu(gate[i]) * up[i]
 
 
-@njit
+@native
 def add(p, item):
     """slots: out, x, y, count"""
     begin, end = item * ELEMENTS, min(load_i64(p + 48), (item + 1) * ELEMENTS)
@@ -123,7 +123,7 @@ def add(p, item):
         out[i] = x[i] + y[i]
 
 
-@njit
+@native
 def gather(p, t):
     """slots: out, x, rows, dim"""
     dim = load_i64(p + 48)
@@ -133,7 +133,7 @@ def gather(p, t):
         out[i] = x[i]
 
 
-@njit
+@native
 def argmax(p, t):
     """slots: values, ids, logits, vocab. The largest of a row, the lower id first among equals."""
     vocab = load_i64(p + 48)
@@ -149,7 +149,7 @@ def argmax(p, t):
 # ---- lookups in tables of weights ----
 
 
-@njit
+@native
 def embed(p, t):
     """slots: out, tokens, table, cols, group bytes, unit bytes, code, Format.numbers"""
     cols, unit_bytes, code = load_i64(p + 48), load_i64(p + 64), load_i64(p + 72)
@@ -173,7 +173,7 @@ def embed(p, t):
             _embed_block(out, block, group + unit * unit_bytes, block - unit * (unit_columns // 32), lane, form)
 
 
-@njit
+@native
 def _embed_block(out, block, base, index, lane, form):
     """32 columns of a row: quants out of their planes, times their segment's scale, plus its minimum."""
     bits, n_halves, scales_at, minima_at = (
@@ -205,7 +205,7 @@ def _embed_block(out, block, base, index, lane, form):
         out[block * 32 + c] = np.float32(quant + offset) * scale + least
 
 
-@njit(inline="always")
+@inlined
 def _quant(quants, k, bits):
     """Byte k of a row's word from all planes."""
     if bits == 8:
