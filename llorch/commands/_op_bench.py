@@ -25,7 +25,7 @@ from llorch.settings import ReportSettings, StringList, parse
 if TYPE_CHECKING:
     from llorch.commands._op_cases import Shapes
     from llorch.commands._op_timing import Timing
-    from llorch.providers.spec import Device, Provider
+    from llorch.providers.device import Device, Provider
 
 COMMON_TYPES = ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "F16", "F32")
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     if not providers:
         raise SettingsError(f"--provider: expected names separated by commas, not {settings.provider!r}")
     from llorch.providers import registry  # after parsing: --help and a mistake need no NumPy
-    from llorch.providers.spec import DeviceOptions
+    from llorch.providers.device import DeviceOptions
 
     for name in providers:
         provider, _ = registry.choose(name)

@@ -15,16 +15,14 @@ from llorch.core.quant import row_bytes
 from llorch.core.runner import batch_shapes, make_batch
 from llorch.errors import BindError
 from llorch.providers.conformance.weights import random_weight, vector
+from llorch.providers.device import CacheSpec, Device, HostWeight
 from llorch.providers.spec import (
     AddRMSNormSpec,
     AddSpec,
     AttentionSpec,
-    CacheSpec,
-    Device,
     EmbedSpec,
     GateUpSwigluSpec,
     GatherSpec,
-    HostWeight,
     MatmulGroupSpec,
     MatmulSpec,
     OpSpec,

@@ -13,7 +13,8 @@ from llorch.commands._op_cases import Case, Cases, Shapes
 from llorch.core.binder import Binder
 from llorch.core.plan import expand
 from llorch.providers.decompose import Decomposed
-from llorch.providers.spec import Device, Kernel, Provider, Step
+from llorch.providers.device import Device, Provider
+from llorch.providers.spec import Kernel, Step
 
 SHORTEST = 0.02  # seconds of calls that a sample is the mean of
 RATE_TOKENS = 512

@@ -9,8 +9,9 @@ import pluggy
 
 from llorch.errors import BindError, LlorchError
 from llorch.providers.decompose import Decomposed, Decompositions
+from llorch.providers.device import Device
 from llorch.providers.hooks import register
-from llorch.providers.spec import OPTIONAL, REQUIRED, Device, Kernel, OpSpec, Tensor
+from llorch.providers.spec import OPTIONAL, REQUIRED, Kernel, OpSpec, Tensor
 
 
 class Binder:

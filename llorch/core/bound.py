@@ -19,7 +19,7 @@ from llorch.core.prefix import PrefixIndex
 from llorch.core.runner import Chunk, Runner, batch_shapes, make_batch
 from llorch.core.sequences import SequenceCache
 from llorch.errors import ContextOverflowError, InvalidRequestError
-from llorch.providers.spec import CacheSpec, Device, Provider
+from llorch.providers.device import CacheSpec, Device, Provider
 
 CANDIDATES = (1, 64)  # sizes of the device's own choice of the largest logits: greedy, and common values of top_k
 

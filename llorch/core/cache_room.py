@@ -8,7 +8,7 @@ from dataclasses import replace
 from llorch.core.config import ModelConfig
 from llorch.core.plan import Limits
 from llorch.errors import DeviceMemoryError, SettingsError
-from llorch.providers.spec import CacheSpec, Device
+from llorch.providers.device import CacheSpec, Device
 
 
 def wanted_cache(

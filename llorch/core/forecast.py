@@ -24,17 +24,8 @@ from llorch.core.loader import architecture, expected_weights
 from llorch.core.plan import BoundWeight, Graph, Limits
 from llorch.core.runner import batch_shapes, make_batch
 from llorch.errors import DeviceMemoryError
-from llorch.providers.spec import (
-    OPTIONAL,
-    REQUIRED,
-    CacheSpec,
-    Device,
-    HostWeight,
-    MemoryNeed,
-    OpSpec,
-    Provider,
-    hookimpl,
-)
+from llorch.providers.device import CacheSpec, Device, HostWeight, MemoryNeed, Provider
+from llorch.providers.spec import OPTIONAL, REQUIRED, OpSpec, hookimpl
 
 _GIBIBYTE, _MEBIBYTE = 2**30, 2**20
 

@@ -27,8 +27,8 @@ from llorch.core.runner import Runner
 from llorch.core.tokenizer import Tokenizer
 from llorch.errors import SettingsError, TokenizerError
 from llorch.providers import registry
+from llorch.providers.device import Device, DeviceInfo, DeviceOptions, Provider
 from llorch.providers.memory_limit import MemoryLimit
-from llorch.providers.spec import Device, DeviceInfo, DeviceOptions, Provider
 
 DOWNLOAD_SHARE = 0.9  # of the progress that is reported
 OUTPUT_ROWS = 64  # rows of logits a step may give; more are computed in several steps

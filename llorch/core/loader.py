@@ -20,7 +20,8 @@ from llorch.core.models.weights import WeightSpec
 from llorch.core.plan import BoundWeight
 from llorch.core.quant import DEQUANTIZABLE, dequantize, row_bytes
 from llorch.errors import BindError, GGUFError, UnsupportedModelError
-from llorch.providers.spec import Device, HostWeight, Use
+from llorch.providers.device import Device, HostWeight
+from llorch.providers.spec import Use
 
 Progress = Callable[[float, str], None]
 

@@ -14,19 +14,15 @@ from typing import Any, NamedTuple
 from llorch.core.binder import Binder
 from llorch.core.config import ModelConfig
 from llorch.errors import BindError
+from llorch.providers.device import Batch, CacheSpec, Device, Inputs, KVCache
 from llorch.providers.spec import (
     AddRMSNormSpec,
     AddSpec,
     AttentionSpec,
-    Batch,
-    CacheSpec,
-    Device,
     EmbedSpec,
     GateUpSwigluSpec,
     GatherSpec,
-    Inputs,
     Kernel,
-    KVCache,
     MatmulGroupSpec,
     MatmulSpec,
     OpSpec,

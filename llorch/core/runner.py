@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from llorch.core.plan import Entry, Graph, Limits, Plans
 from llorch.errors import EngineError
-from llorch.providers.spec import Batch, Device, Inputs
+from llorch.providers.device import Batch, Device, Inputs
 
 
 @dataclass

@@ -1,6 +1,19 @@
 """The seam: everything a provider's author imports, and nothing else is public."""
 
 from llorch.errors import BindError, DeviceMemoryError, ProviderError, ProviderUnavailableError
+from llorch.providers.device import (
+    Batch,
+    CacheSpec,
+    Device,
+    DeviceInfo,
+    DeviceOptions,
+    HostWeight,
+    Inputs,
+    KVCache,
+    MemoryInfo,
+    MemoryNeed,
+    Provider,
+)
 from llorch.providers.memory_limit import MemoryLimit
 from llorch.providers.spec import (
     ACCEPTED_API_VERSIONS,
@@ -10,25 +23,14 @@ from llorch.providers.spec import (
     AddRMSNormSpec,
     AddSpec,
     AttentionSpec,
-    Batch,
-    CacheSpec,
-    Device,
-    DeviceInfo,
-    DeviceOptions,
     EmbedSpec,
     GateUpSwigluSpec,
     GatherSpec,
-    HostWeight,
-    Inputs,
     Kernel,
-    KVCache,
     LayerOps,
     MatmulGroupSpec,
     MatmulSpec,
-    MemoryInfo,
-    MemoryNeed,
     OpSpec,
-    Provider,
     RMSNormSpec,
     RopePairSpec,
     RopeSpec,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from llorch.providers.device import Device
 from llorch.providers.spec import (
     AddRMSNormSpec,
-    Device,
     GateUpSwigluSpec,
     Kernel,
     MatmulGroupSpec,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from llorch.providers.spec import MemoryInfo
+from llorch.providers.device import MemoryInfo
 
 # Where control groups are mounted, and the files of limit, use and statistics: version 2, version 1.
 # https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html

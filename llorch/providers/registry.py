@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from llorch import __version__
 from llorch.errors import BindError, ProviderUnavailableError, UnknownProviderError
+from llorch.providers.device import DeviceInfo, Provider
 from llorch.providers.hooks import missing, register
-from llorch.providers.spec import ACCEPTED_API_VERSIONS, DeviceInfo, Provider
+from llorch.providers.spec import ACCEPTED_API_VERSIONS
 
 GROUP = "llorch.providers"
 TESTING_GROUP = "llorch.providers.testing"  # to be named, never listed or chosen: providers that tests need

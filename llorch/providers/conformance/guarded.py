@@ -11,20 +11,8 @@ from typing import Any, NoReturn
 
 import pluggy
 
-from llorch.providers.spec import (
-    OPTIONAL,
-    REQUIRED,
-    Batch,
-    CacheSpec,
-    Device,
-    HostWeight,
-    Inputs,
-    Kernel,
-    LayerOps,
-    Provider,
-    Step,
-    hookimpl,
-)
+from llorch.providers.device import Batch, CacheSpec, Device, HostWeight, Inputs, Provider
+from llorch.providers.spec import OPTIONAL, REQUIRED, Kernel, LayerOps, Step, hookimpl
 
 _TENSORS = ("positions", "slots", "sequence_ids", "block_tables", "query_starts", "context_lengths")
 

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from llorch.providers.conformance import oracle
 from llorch.providers.conformance.rig import Rig
-from llorch.providers.spec import AttentionSpec, Batch, CacheSpec
+from llorch.providers.device import Batch, CacheSpec
+from llorch.providers.spec import AttentionSpec
 
 Float = npt.NDArray[np.float32]
 

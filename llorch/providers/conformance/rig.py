@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from llorch.core.binder import Binder
 from llorch.providers.conformance.oracle import nmse
-from llorch.providers.spec import Device, Kernel, OpSpec, Provider, Tensor
+from llorch.providers.device import Device, Provider
+from llorch.providers.spec import Kernel, OpSpec, Tensor
 
 GUARD_ROWS = 3
 GUARD = np.float32(-12345.0)

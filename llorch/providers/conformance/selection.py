@@ -13,7 +13,8 @@ import pytest
 from llorch.errors import LlorchError
 from llorch.providers import registry
 from llorch.providers.conformance.rig import Rig
-from llorch.providers.spec import Provider, Use
+from llorch.providers.device import Provider
+from llorch.providers.spec import Use
 
 PLAIN = ("F32", "F16", "BF16")
 EXPECTED_FAILURES = "conformance-xfail.txt"

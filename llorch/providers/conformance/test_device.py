@@ -10,7 +10,8 @@ import pytest
 
 from llorch.providers.conformance.rig import Rig
 from llorch.providers.conformance.weights import random_weight
-from llorch.providers.spec import AddSpec, CacheSpec, MatmulSpec, Provider
+from llorch.providers.device import CacheSpec, Provider
+from llorch.providers.spec import AddSpec, MatmulSpec
 
 MEBIBYTE = 1 << 20
 

@@ -17,7 +17,7 @@ from llorch.providers.conformance.guarded import GuardedProvider, Opaque
 from llorch.providers.conformance.models import OracleModel, TinyModel, write_model
 from llorch.providers.conformance.oracle import nmse
 from llorch.providers.conformance.rig import Rig
-from llorch.providers.spec import Provider
+from llorch.providers.device import Provider
 
 PROMPT, COUNT = [1, 50, 100, 200, 7], 12
 # Seeds whose greedy tokens vary and are decided by a clear margin: rounding may not decide them.

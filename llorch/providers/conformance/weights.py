@@ -6,7 +6,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from llorch.providers.spec import HostWeight, Use
+from llorch.providers.device import HostWeight
+from llorch.providers.spec import Use
 
 DISTINCT = 1 << 16  # blocks
 SMALLEST, LARGEST = 0.05, 4.0  # of a block's largest value: scales vary, and no block drowns the others
