@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(PLUGINS)
 	  $(foreach plugin,$(PLUGINS),-e '$(dir $(plugin))[test]')
 	touch $@
 
-serve: setup  ## make serve MODEL=path/to/model.gguf [ARGS="--provider numpy-cpu --port 8080"]
+serve: setup  ## the demo model, or make serve MODEL=path/to/model.gguf [ARGS="--provider numpy-cpu --port 8080"]
 	$(BIN)/llorch serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: setup  ## every installed provider; one of them: make test ARGS="--provider numpy-cpu -k matmul"

@@ -72,7 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("llorch-demo.gguf"), help="the GGUF file (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("demo-training"), help="vocabulary, log, checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
-    parser.add_argument("--steps", type=int, default=2000, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=1650, help="(%(default)s)")
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[48, 128, 256], help="ids of a row at first (%(default)s)"
     )
@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
         "--row-steps", type=int, nargs="+", default=[300, 600, 1000], help="until which step (%(default)s)"
     )
     parser.add_argument(
-        "--decay-steps", type=int, default=700, help="steps in which the rate falls, at last (%(default)s)"
+        "--decay-steps", type=int, default=350, help="steps in which the rate falls, at last (%(default)s)"
     )
     parser.add_argument("--tokens", type=int, default=4096, help="in a step (%(default)s)")
     parser.add_argument("--sums", type=int, default=30, help="more sums in a step: they are facts (%(default)s)")
