@@ -94,9 +94,16 @@ def test_weights_lie_side_by_side() -> None:
     assert all(part.ctypes.data % LINE == 0 for part in (first, second, outside))
 
 
-def test_another_version_has_another_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["version", "cpu", "source"])
+def test_another_state_of_things_has_another_folder(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = compiler.cache_folder()
-    monkeypatch.setattr(compiler.metadata, "version", lambda name: "0")
+    if what == "version":
+        monkeypatch.setattr(compiler.metadata, "version", lambda name: "0")
+    elif what == "cpu":
+        monkeypatch.setattr(compiler.llvm, "get_host_cpu_name", lambda: "another")
+    else:
+        (tmp_path / "compiler.py").write_text("another")
+        monkeypatch.setattr(compiler, "__file__", str(tmp_path / "compiler.py"))
     compiler.cache_folder.cache_clear()
     try:
         other = compiler.cache_folder()
