@@ -147,7 +147,7 @@ def test_after_a_failure_another_thread_goes_on_with_the_weights_and_an_empty_ca
             submit(thread, "too early")
         wait_for(lambda: thread.health() is None)
         assert thread.llm is llm
-        assert thread._thread is not first
+        wait_for(lambda: thread._thread is not first)
         again = submit(thread, "after", max_tokens=4)
         wait_for(lambda: ended(again))
         assert again[0].cached_tokens == 0
