@@ -239,10 +239,10 @@ def continued_story(rng: random.Random) -> Turn:
     return start if rng.random() < 0.3 else expand(CONTINUE, {"start": start}, rng), rest
 
 
-def simple_sum(rng: random.Random) -> Turn:
-    """Sums and differences of numbers up to 20, products up to 10 times 10; it knows when numbers are too large."""
+def simple_sum(rng: random.Random, highest: int = 20) -> Turn:
+    """Sums and differences of numbers up to `highest`, products up to 10 times 10; it knows when numbers are too large."""
     sign = rng.choice("++--*")
-    most = 10 if sign == "*" else 20
+    most = 10 if sign == "*" else highest
     a, b = rng.randint(0, most), rng.randint(0, most)
     large = rng.random() < 0.12
     if large:

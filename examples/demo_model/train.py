@@ -23,6 +23,7 @@ from probe import copies
 from torch.nn import functional
 
 HELD_OUT = "held-out"  # a seed that no step has
+SUMS = [(1100, 30, 20), (1400, 80, 10)]  # after which step, how many, of which numbers
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
         step += 1
         rate = _learning_rate(step, arguments)
         longest = _longest(step, arguments, shape)
-        sums = arguments.sums if step > arguments.sums_after else 0
+        sums = _sums(step, arguments)
         seed = f"{arguments.seed}/{step}"
         parts = [torch.from_numpy(part) for part in batch(vocabulary, seed, arguments.tokens, longest, sums)]
         loss = _step(model, optimizers, parts, rate)
@@ -83,12 +84,14 @@ def _arguments() -> argparse.Namespace:
         "--decay-steps", type=int, default=350, help="steps in which the rate falls, at last (%(default)s)"
     )
     parser.add_argument("--tokens", type=int, default=4096, help="in a step (%(default)s)")
-    parser.add_argument("--sums", type=int, default=30, help="more sums in a step: they are facts (%(default)s)")
-    parser.add_argument("--sums-after", type=int, default=1100, help="from which step on (%(default)s)")
+    parser.add_argument(
+        "--sums", type=int, nargs=3, action="append", metavar=("AFTER", "COUNT", "HIGHEST"),
+        help="more sums in the steps after one: they are facts, and have to be heard often (1100 30 20, 1400 80 10)",
+    )  # fmt: skip
     parser.add_argument("--lr", type=float, default=6e-3, help="highest learning rate (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--log-every", type=int, default=100, help="steps between evaluations (%(default)s)")
+    parser.add_argument("--log-every", type=int, default=50, help="steps between evaluations (%(default)s)")
     return parser.parse_args()
 
 
@@ -112,6 +115,12 @@ def _longest(step: int, arguments: argparse.Namespace, shape: Shape) -> int:
     """Ids of a row. At first rows hold questions and the beginnings of stories: most of what can be learnt there is to copy."""
     stages = zip(arguments.rows, arguments.row_steps, strict=True)
     return next((length for length, until in stages if step <= until), shape.context)
+
+
+def _sums(step: int, arguments: argparse.Namespace) -> tuple[int, int]:
+    """How many more sums the step has, and their highest number."""
+    stages = [(count, highest) for after, count, highest in arguments.sums or SUMS if step > after]
+    return stages[-1] if stages else (0, 0)
 
 
 def _step(model: Llama, optimizers: list[torch.optim.Optimizer], parts: list[torch.Tensor], rate: float) -> float:
