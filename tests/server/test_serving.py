@@ -78,7 +78,7 @@ def text_of(answer: dict[str, Any]) -> str:
 def test_a_prompt_that_shares_its_first_thousand_tokens_starts_at_least_five_times_sooner(
     start: Start, tmp_path: Path
 ) -> None:
-    model = TinyModel(context=2304, dim=512, layers=4, heads=8, ffn=1536, seed=12)
+    model = TinyModel(context=2304, dim=512, layers=8, heads=8, ffn=1536, seed=12)
     server = start("--parallel", "2", model=write_model(model, tmp_path / "model.gguf")).wait_healthy()
     ratios = []
     with server.client() as client:
