@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
+import gguf
 import matplotlib
 
 matplotlib.use("svg")  # a file, no window
 from matplotlib import pyplot
 
+PEER = "llama.cpp"
 GREY, BLUE, RED = "#888888", "#2a6fb0", "#b03030"
 WIDTH = 0.38  # of a bar; two stand side by side
 
@@ -33,7 +36,7 @@ def main() -> None:
 
 
 def _comparison(texts: list[str]) -> None:
-    """A row of panels for each shape of model, prefill and decode; models are named SHAPE-TYPE.gguf."""
+    """A row of panels for each shape of model, prefill and decode."""
     shapes: dict[str, list[dict[str, Any]]] = {}
     for result in map(json.loads, texts):
         shapes.setdefault(result["model"].partition("-")[0], []).append(result)
@@ -56,35 +59,45 @@ def _bars(panel: Any, results: list[dict[str, Any]], what: str) -> None:
         if what == "tg":
             label = "memory bandwidth" if place == 0 else None
             panel.hlines(result["limit_tokens_per_second"], place - WIDTH, place + WIDTH, RED, "dashed", label=label)
-    names = [result["model"].partition("-")[2].removesuffix(".gguf") for result in results]
+    names = [_type(result) for result in results]
     panel.set_xticks(range(len(names)), names)
     panel.legend()
 
 
 def _roofline(texts: list[str]) -> None:
-    """Operations a second over operations a byte (Williams, Waterman and Patterson, 2009), of the products."""
-    timings = [json.loads(line) for text in texts for line in text.splitlines()]
-    products = [t for t in timings if t["operation"] in ("matmul", "matmul_group", "gate_up_swiglu") and t["flops"]]
-    bandwidth = products[0]["bandwidth_gb_s"]
+    """Operations a second over operations a byte of weights (Williams, Waterman and Patterson, 2009), of whole models.
+
+    A weight is multiplied and added once a token; a step reads the matrices once. The ridge is at the fastest prefill.
+    """
     _, panel = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    colours = dict(
-        zip(dict.fromkeys(t["weight_type"] for t in products), pyplot.colormaps["tab10"].colors, strict=False)
-    )
-    for t in products:
-        marker = "o" if t["phase"] == "decode" else "^"
-        panel.plot(t["flops"] / t["bytes"], t["gflop_s"], marker, color=colours[t["weight_type"]], alpha=0.8)
-    for kind, colour in colours.items():
-        panel.plot([], [], "s", color=colour, label=kind)
+    results = [json.loads(text) for text in texts]
+    colours = {name: pyplot.colormaps["tab10"](i) for i, name in enumerate(dict.fromkeys(_type(r) for r in results))}
+    speeds, places = [], []
+    for result in results:
+        elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[_type(result)]]
+        a_byte = 2 * elements / size
+        for row in result["rows"]:
+            tokens = int(row["test"][2:]) if row["test"].startswith("pp") else 1
+            speeds.append(row["tokens_per_second"] * result["bytes_per_token"] * a_byte / 1e9)
+            places.append(a_byte * tokens)
+            marker, filled = "^" if tokens > 1 else "o", row["engine"] != PEER
+            colour = colours[_type(result)]
+            panel.plot(places[-1], speeds[-1], marker, color=colour, markerfacecolor=colour if filled else "none")
+    for name, colour in colours.items():
+        panel.plot([], [], "s", color=colour, label=name)
     panel.plot([], [], "ko", label="decode, 1 token")
-    panel.plot([], [], "k^", label=f"prefill, {max(t['tokens'] for t in products)} tokens")
-    most = max(t["gflop_s"] for t in products)
-    reach = [min(t["flops"] / t["bytes"] for t in products) / 2, 1.5 * max(t["flops"] / t["bytes"] for t in products)]
-    ridge = most / bandwidth
-    panel.plot([reach[0], ridge], [reach[0] * bandwidth, most], color=RED, label=f"memory, {bandwidth:.0f} GB/s")
-    panel.plot([ridge, reach[1]], [most, most], color=RED, linestyle="dotted", label=f"best product, {most:.0f} Gop/s")
-    panel.axhline(products[0]["float_gflop_s"], color=GREY, linestyle="dashed", label="float32 products")
-    panel.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="Gop/s", title="products of numba-cpu")
+    panel.plot([], [], "k^", label="prefill")
+    panel.plot([], [], "ks", markerfacecolor="none", label=PEER)
+    bandwidth, most = statistics.median(r["bandwidth_gb_s"] for r in results), max(speeds)
+    ridge, left, right = most / bandwidth, min(places) / 2, 2 * max(places)
+    panel.plot([left, ridge], [left * bandwidth, most], color=RED, label=f"memory, {bandwidth:.0f} GB/s")
+    panel.plot([ridge, right], [most, most], color=RED, linestyle="dotted", label=f"fastest prefill, {most:.0f} Gop/s")
+    panel.set(xscale="log", yscale="log", xlabel="operations a byte of weights", ylabel="Gop/s")
     panel.legend(loc="lower right", fontsize="small")
+
+
+def _type(result: dict[str, Any]) -> str:
+    return str(result["model"].partition("-")[2].removesuffix(".gguf"))
 
 
 if __name__ == "__main__":
