@@ -23,7 +23,7 @@ FRESH_TOKENS = 6000
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[llorch.LLM]:
-    with llorch.load(DEMO_MODEL, provider="numpy-cpu", parallel=1) as llm:
+    with llorch.load(DEMO_MODEL, provider="numpy-cpu", parallel=1, threads=1) as llm:
         yield llm
 
 
