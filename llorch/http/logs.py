@@ -34,7 +34,7 @@ def configure_logging(log_format: LogFormat, level: str) -> bool:
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
-        stamp("iso", utc=True) if as_json else stamp("%H:%M:%S", utc=False),
+        stamp("%H:%M:%S", utc=False) if terminal and not as_json else stamp("iso", utc=True),
     ]
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

@@ -118,10 +118,11 @@ class Worker:
         self._idle.clear()
         return job
 
-    def _check_room(self) -> None:
+    def _check_room(self, count: int) -> None:
         """Refuses what the engine would, before a thread takes the trouble to tokenize it."""
-        stats = self.engine.stats()
-        wanted, most = self._submitting + stats.waiting + stats.running, self.engine.capacity
+        stats, most = self.engine.stats(), self.engine.capacity
+        # not their sum: what a thread has just submitted is in both until the event loop hears of it
+        wanted = max(self._submitting, stats.waiting + stats.running + count)
         if wanted > most:
             raise QueueFullError(f"{wanted} requests would wait or run, {most} are taken at once: try later")
 
@@ -132,7 +133,7 @@ class Worker:
         """
         self._submitting += len(jobs)
         try:
-            self._check_room()
+            self._check_room(len(jobs))
             # neither a long prompt's tokenizing nor the engine's lock may hold up the event loop
             found = await asyncio.get_running_loop().run_in_executor(pool or self._tokenizers, submit)
             for job in jobs:

@@ -174,10 +174,6 @@ def test_a_model_that_is_none(start: Start, tmp_path: Path) -> None:
     assert "page.gguf" in ends(start(model=tmp_path / "page.gguf"), 1)
 
 
-def test_no_model(start: Start) -> None:
-    assert "--model" in ends(start(model=None), 2)
-
-
 def test_an_unknown_provider(start: Start) -> None:
     assert "numpy-cpu" in ends(start("--provider", "numpi-cpu"), 1)
 
