@@ -128,7 +128,7 @@ class ModelSettings(CommandSettings):
     @property
     def is_demo(self) -> bool:
         """Whether no model was named, and the packaged one is taken."""
-        return self.model == DEMO_MODEL
+        return "model" not in self.model_fields_set
 
     def load_options(self) -> dict[str, Any]:
         """These settings as keywords of llorch.load, but for the model itself."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llorch.providers import AttentionSpec, GateUpSwigluSpec, MatmulGroupSpec, MatmulSpec, OpSpec, RopePairSpec
-from llorch_provider_numba.attention import SEGMENT
 from llorch_provider_numba.emitter import record_bytes
-from llorch_provider_numba.formats import BLOCK, FORMATS, Format, units_of
+from llorch_provider_numba.formats import BLOCK, FORMATS, SEGMENT, Format, units_of
 from llorch_provider_numba.hosts import Host
 
 
