@@ -60,6 +60,12 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._terminal, keys.encode())
 
+    def interrupt_prompt(self) -> None:
+        """Ctrl-C while the prompt waits. Python's readline sees a signal only once it waits for a key, which it does a
+        moment after the prompt is shown: one that comes in between is held until the next key."""
+        time.sleep(0.5)
+        self.type(CTRL_C)
+
     def expect(self, text: str) -> None:
         """Waits until the text is shown, after what was expected before."""
         deadline = time.monotonic() + SECONDS

@@ -78,14 +78,18 @@ def test_ctrl_c_twice_ends_even_where_a_step_hangs(start: Start, tmp_path: Path)
 def test_ctrl_c_twice_at_the_prompt_leaves(start: Start) -> None:
     with start() as terminal:
         terminal.expect("> ")
-        terminal.type("not sent" + CTRL_C)
+        terminal.type("not sent")
+        terminal.expect("not sent")
+        terminal.interrupt_prompt()
         terminal.expect("Ctrl-C again or Ctrl-D leaves")
         terminal.expect("> ")
         terminal.type("/history\n")  # so the next Ctrl-C is a first one again
         terminal.expect("nothing has been said yet")
-        terminal.type(CTRL_C)
+        terminal.expect("> ")
+        terminal.interrupt_prompt()
         terminal.expect("Ctrl-C again or Ctrl-D leaves")
-        terminal.type(CTRL_C)
+        terminal.expect("> ")
+        terminal.interrupt_prompt()
         assert terminal.wait() == 130
 
 
