@@ -171,6 +171,8 @@ class Client:
     async def _bad_body(self, wire: Wire) -> str:
         case = self._chance.choice(self._bad)
         answer = await wire.ask("POST", case.path, case.body)
+        if answer.status == 503:  # a full queue comes before what only the prompt's tokens would show
+            return self._is("retry-after" in answer.headers, answer) and "refused"
         return self._is(answer.status in (400, 404, 413), answer)
 
     async def _look(self, wire: Wire) -> str:
