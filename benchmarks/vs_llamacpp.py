@@ -10,9 +10,10 @@ llama.cpp is run through llama-cpp-python from an interpreter of its own, where 
 `-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'` and the same for CMAKE_CXX_FLAGS.)
 
 Each measurement is a process: it loads, warms up, and takes the median of its passes. The processes alternate
-(bandwidth, llama.cpp, the providers, and again), so that whatever else the machine does meets all of them alike. A
-figure is the median over the rounds; the spread is from the slowest to the fastest round. The limit of decoding is the
-memory bandwidth measured between the same rounds over the bytes of the matrices in the file.
+(llama.cpp, the providers, then in the opposite order, and again), so that whatever else the machine does meets all of
+them alike. Figures are medians over the rounds, ratios medians of each round's own; spreads go from the lowest round
+to the highest. The limit of decoding is the memory's bandwidth over the bytes of the matrices in the file; llorch's
+processes measure it between their passes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 WARMUP_TOKENS = 8
-PEER, MEMORY = "llama.cpp", "memory"
+PEER, MEMORY = "llama.cpp", "memory GB/s"
 Figures = dict[str, float]
 
 
@@ -42,9 +43,9 @@ def main() -> None:
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:  # now, and not when all is measured
         raise SystemExit("--plot needs matplotlib: pip install 'llorch[bench]'")
     names = [PEER, *(name.strip() for name in arguments.provider.split(","))]
-    rounds: dict[str, list[Figures]] = {name: [] for name in [MEMORY, *names]}
+    rounds: dict[str, list[Figures]] = {name: [] for name in names}
     for i in range(arguments.rounds):
-        for name in rounds:
+        for name in names if i % 2 == 0 else reversed(names):
             figures = _run(name, arguments)
             rounds[name].append(figures)
             shown = ", ".join(f"{test} {value:.2f}" for test, value in figures.items())
@@ -82,7 +83,7 @@ def _cores() -> int:
 
 def _run(name: str, arguments: argparse.Namespace) -> Figures:
     """Starts the process that measures `name`. Ends the program with its last words where it fails."""
-    worker = {MEMORY: "memory", PEER: "llamacpp"}.get(name, "llorch")
+    worker = "llamacpp" if name == PEER else "llorch"
     python = arguments.llamacpp_python if name == PEER else sys.executable
     command = [python, __file__, str(arguments.model), "--worker", worker, "--provider", name]
     for option in ("threads", "prefill", "decode", "passes"):
@@ -109,13 +110,27 @@ def _rates(arguments: argparse.Namespace, prefill: Callable[[], float], decode: 
 
 
 def _measure_llorch(arguments: argparse.Namespace) -> Figures:
+    """The memory is measured between the passes: its speed may change within seconds where others share it."""
     import llorch
+    from llorch.machine import Bandwidth
 
     context = max(arguments.prefill, arguments.decode) + WARMUP_TOKENS
+    bandwidth = Bandwidth(arguments.threads)
     with llorch.load(
         arguments.model, provider=arguments.provider, context=context, parallel=1, threads=arguments.threads
     ) as llm:
-        return _rates(arguments, lambda: llm.bench_prefill(arguments.prefill), llm.bench_decode)
+
+        def prefill() -> float:
+            bandwidth.measure()
+            return llm.bench_prefill(arguments.prefill)
+
+        def decode(tokens: int) -> float:
+            bandwidth.measure()
+            seconds = llm.bench_decode(tokens)
+            bandwidth.measure()
+            return seconds
+
+        return _rates(arguments, prefill, decode) | {MEMORY: bandwidth.best_gb_s}
 
 
 def _measure_llamacpp(arguments: argparse.Namespace) -> Figures:
@@ -136,19 +151,9 @@ def _measure_llamacpp(arguments: argparse.Namespace) -> Figures:
     return _rates(arguments, lambda: seconds([ids[: arguments.prefill]]), lambda n: seconds([[i] for i in ids[:n]]))
 
 
-def _measure_memory(arguments: argparse.Namespace) -> Figures:
-    from llorch.machine import Bandwidth
-
-    bandwidth = Bandwidth(arguments.threads)
-    for _ in range(arguments.passes):
-        bandwidth.measure()
-    return {"GB/s": bandwidth.best_gb_s}
-
-
 _WORKERS: dict[str, Callable[[argparse.Namespace], Figures]] = {
     "llorch": _measure_llorch,
     "llamacpp": _measure_llamacpp,
-    "memory": _measure_memory,
 }
 
 
@@ -166,19 +171,18 @@ def _matrix_bytes(model: Path) -> int:
 
 def _summary(rounds: dict[str, list[Figures]], arguments: argparse.Namespace) -> dict[str, Any]:
     """Medians and spreads; every test relative to the peer, and decode relative to the memory's limit."""
-    bandwidth = statistics.median(figures["GB/s"] for figures in rounds[MEMORY])
+    bandwidth = statistics.median(f[MEMORY] for name in rounds if name != PEER for f in rounds[name])
     matrix_bytes = _matrix_bytes(arguments.model)
-    limit = bandwidth * 1e9 / matrix_bytes
     rows = []
     for test in rounds[PEER][0]:
-        peer = statistics.median(figures[test] for figures in rounds[PEER])
-        for name in rounds:
-            if name == MEMORY:
-                continue
-            values = [figures[test] for figures in rounds[name]]
-            median = statistics.median(values)
-            row = {"test": test, "engine": name, "tokens_per_second": median, "low": min(values), "high": max(values)}
-            row |= {"to_peer": median / peer, "of_limit": median / limit if test.startswith("tg") else None}
+        for name, figures in rounds.items():
+            values = [f[test] for f in figures]
+            ratios = [f[test] / peer[test] for f, peer in zip(figures, rounds[PEER], strict=True)]
+            row = {"test": test, "engine": name, "tokens_per_second": statistics.median(values)}
+            row |= {"low": min(values), "high": max(values), "to_peer": statistics.median(ratios)}
+            row |= {"to_peer_low": min(ratios), "to_peer_high": max(ratios), "of_limit": None}
+            if test.startswith("tg") and name != PEER:
+                row["of_limit"] = statistics.median(f[test] * matrix_bytes / f[MEMORY] / 1e9 for f in figures)
             rows.append(row)
     return {
         "model": arguments.model.name,
@@ -186,7 +190,7 @@ def _summary(rounds: dict[str, list[Figures]], arguments: argparse.Namespace) ->
         "rounds": arguments.rounds,
         "bandwidth_gb_s": bandwidth,
         "bytes_per_token": matrix_bytes,
-        "limit_tokens_per_second": limit,
+        "limit_tokens_per_second": bandwidth * 1e9 / matrix_bytes,
         "rows": rows,
         "samples": rounds,
     }
@@ -198,14 +202,14 @@ def _print_table(result: dict[str, Any]) -> None:
         f"memory {result['bandwidth_gb_s']:.1f} GB/s; {result['bytes_per_token'] / 1e6:.0f} MB a token: "
         f"at most {result['limit_tokens_per_second']:.1f} tokens/s decode\n"
     )
-    heads = "lowest - highest", "to llama.cpp", "of the limit"
-    print(f"{'test':<7}{'engine':<16}{'tokens/s':>10}  {heads[0]:<18}{heads[1]:>13}{heads[2]:>14}")
+    heads = "lowest - highest", "to llama.cpp", "lowest - highest", "of the limit"
+    print(f"{'test':<7}{'engine':<16}{'tokens/s':>10}  {heads[0]:<18}{heads[1]:>13}  {heads[2]:<17}{heads[3]:>14}")
     for row in result["rows"]:
         spread = f"{row['low']:.1f} - {row['high']:.1f}"
         share = "" if row["of_limit"] is None else f"{row['of_limit']:.0%}"
         print(
             f"{row['test']:<7}{row['engine']:<16}{row['tokens_per_second']:>10.1f}  {spread:<18}"
-            f"{row['to_peer']:>12.2f}x{share:>14}"
+            f"{row['to_peer']:>12.2f}x  {row['to_peer_low']:.2f} - {row['to_peer_high']:<10.2f}{share:>14}"
         )
 
 

@@ -50,7 +50,7 @@ from llorch_provider_numba.ir_tools import (
 RECORD, FLOAT_RECORD = BLOCK + 16, 4 * (BLOCK + 2)
 SIGNATURE = ir.FunctionType(ir.VoidType(), [I64] * 9)
 
-PREFETCH, PLAIN_PREFETCH = 4096, 1024  # bytes ahead, of each group
+PREFETCH, TILE_PREFETCH, PLAIN_PREFETCH = 4096, 2048, 1024  # bytes ahead, of each group; of several tokens at once
 
 
 def record_bytes(form: Format | PlainFormat, host: Host) -> int:
@@ -60,14 +60,11 @@ def record_bytes(form: Format | PlainFormat, host: Host) -> int:
     return RECORD if host.rounds else FLOAT_RECORD
 
 
-def groups_for(form: Format | PlainFormat, tokens: int) -> int:
-    """Groups side by side: enough sums to keep a core's multipliers busy.
-
-    A block of quants is enough for one token; its weights are then read in a row, which memory likes best.
-    """
+def groups_for(form: Format | PlainFormat, host: Host, tokens: int) -> int:
+    """Groups side by side: enough sums to keep a core's multipliers busy."""
     if isinstance(form, PlainFormat):
         return 4 if tokens == 1 else 2
-    return 2 if tokens == 2 else 1
+    return host.groups[host.tiles.index(tokens)]
 
 
 def kernel_name(form: Format | PlainFormat, tokens: int) -> str:
@@ -94,7 +91,7 @@ class _Kernel:
         function = ir.Function(self.module, SIGNATURE, kernel_name(self.form, self.tokens))
         self.b = b = ir.IRBuilder(function.append_basic_block("entry"))
         w, group_bytes, groups, self.x, units, out, stride, rows, start = function.args
-        self.groups, self.record = groups_for(self.form, self.tokens), record_bytes(self.form, self.host)
+        self.groups, self.record = groups_for(self.form, self.host, self.tokens), record_bytes(self.form, self.host)
         last = b.sub(groups, constant(I64, 1))
         self.w = []
         for g in range(self.groups):
@@ -146,7 +143,8 @@ class _Kernel:
 
     def _prefetch(self, address: ir.Value, lines: int) -> None:
         """Asks for what lies ahead: the hardware alone does not keep memory busy from a few cores."""
-        b, ahead = self.b, PLAIN_PREFETCH if isinstance(self.form, PlainFormat) else PREFETCH
+        b, quantised = self.b, PREFETCH if self.tokens == 1 else TILE_PREFETCH
+        ahead = PLAIN_PREFETCH if isinstance(self.form, PlainFormat) else quantised
         fetch = intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
         for line in range(lines):
             place = b.inttoptr(at(b, address, ahead + VECTOR * line), I8.as_pointer())
@@ -198,37 +196,44 @@ class _Kernel:
         b, form = self.b, self.form
         x = b.add(x, scaled(b, block, self.tokens * self.record))
         per_segment, lines = form.segment // 4, -(-form.unit_bytes // VECTOR // form.blocks)  # a block's share
-        for g, base in enumerate(bases):
+        quants = []
+        for base in bases:
             self._prefetch(b.add(base, scaled(b, block, VECTOR * lines)), lines)
-            quants = self._unpack(b.add(at(b, base, form.blocks_at), scaled(b, block, form.bits * VECTOR)))
-            for s in range(BLOCK // form.segment):
-                scale, minimum = self._scale(base, block, s, halves[g])
-                part = range(s * per_segment, (s + 1) * per_segment)
-                for t in range(self.tokens):
-                    self._segment(g, t, at(b, x, t * self.record), s, [(k, quants[k]) for k in part], scale, minimum)
+            quants.append(self._unpack(b.add(at(b, base, form.blocks_at), scaled(b, block, form.bits * VECTOR))))
+        for s in range(BLOCK // form.segment):
+            scales = [self._scale(base, block, s, half) for base, half in zip(bases, halves, strict=True)]
+            self._segment(x, s, range(s * per_segment, (s + 1) * per_segment), quants, scales)
 
     def _segment(
         self,
-        g: int,
-        t: int,
         x: ir.Value,
         s: int,
-        quants: list[tuple[int, ir.Value]],
-        scale: ir.Value,
-        minimum: ir.Value,
+        part: range,
+        quants: list[list[ir.Value]],
+        scales: list[tuple[ir.Value, ir.Value | None]],
     ) -> None:
+        """Vector by vector for all tokens and groups: a sum waits for its last dot, others fill that time."""
         b, form, host = self.b, self.form, self.host
         element, zero = (I32, constant(I32x16, 0)) if host.rounds else (F32, constant(F32x16, 0.0))
-        correction = at(b, x, (BLOCK + 4 if host.rounds else 4 * BLOCK) + 4 * s)
-        total = splat(b, load(b, correction, element, 4), 16) if host.offset(form) else zero
-        for k, q in quants:
-            total = host.dot(b, total, q, host.four(b, x, k), form.wide)
-        if host.rounds:
-            total = b.sitofp(total, F32x16)
-            scale = b.fmul(scale, splat(b, load(b, at(b, x, BLOCK), F32, 4), 16))
-        self._add(g, t, total, scale)
-        if minimum is not None:
-            self._add(g, t, minimum, splat(b, load(b, correction, F32, 4), 16))
+        records = [at(b, x, t * self.record) for t in range(self.tokens)]
+        corrections = [at(b, record, (BLOCK + 4 if host.rounds else 4 * BLOCK) + 4 * s) for record in records]
+        start = [splat(b, load(b, c, element, 4), 16) if host.offset(form) else zero for c in corrections]
+        totals = [list(start) for _ in range(self.groups)]
+        for k in part:
+            for t, record in enumerate(records):
+                four = host.four(b, record, k)
+                for g in range(self.groups):
+                    totals[g][t] = host.dot(b, totals[g][t], quants[g][k], four, form.wide)
+        for t, record in enumerate(records):
+            x_scale = splat(b, load(b, at(b, record, BLOCK), F32, 4), 16) if host.rounds else None
+            x_sum = splat(b, load(b, corrections[t], F32, 4), 16) if form.minima else None
+            for g, (scale, minimum) in enumerate(scales):
+                total = totals[g][t]
+                if host.rounds:
+                    total, scale = b.sitofp(total, F32x16), b.fmul(scale, x_scale)
+                self._add(g, t, total, scale)
+                if minimum is not None:
+                    self._add(g, t, minimum, x_sum)
 
     def _unpack(self, address: ir.Value) -> list[ir.Value]:
         """The eight vectors of a block's quants, gathered from its planes."""

@@ -54,7 +54,8 @@ class Host:
     dot: Dot
     signed_bytes: bool  # whether quants of 8 bits may be negative; else they come 128 larger
     lookup: Callable[[ir.IRBuilder, tuple[int, ...], ir.Value], ir.Value]
-    tiles: tuple[int, ...] = (8, 4, 2, 1)  # tokens whose sums fit in registers, largest first
+    tiles: tuple[int, ...] = (4, 2, 1)  # tokens whose sums fit in registers, largest first
+    groups: tuple[int, ...] = (1, 2, 1)  # of rows, that a tile of quantised weights takes side by side
     rounds: bool = True
 
     def four(self, b: ir.IRBuilder, x: ir.Value, k: int) -> ir.Value:
@@ -143,21 +144,21 @@ HOSTS = {
     for h in (
         Host(
             "avx512-vnni", "x86_64", ("avx512vnni", "avx512bw", "avx512vl"), "", "", _vnni512, False,
-            _shuffled("llvm.x86.avx512.pshuf.b.512", 1),
+            _shuffled("llvm.x86.avx512.pshuf.b.512", 1), (8, 4, 2, 1), (2, 2, 4, 1),
         ),
         Host(
             "avx-vnni", "x86_64", ("avxvnni",), "x86-64-v3", "+avxvnni", _vnni256, False,
-            _shuffled("llvm.x86.avx2.pshuf.b", 2), (4, 2, 1),
+            _shuffled("llvm.x86.avx2.pshuf.b", 2),
         ),
         Host(
             "avx2", "x86_64", ("avx2", "fma", "f16c"), "x86-64-v3", "", _avx2, True,
-            _shuffled("llvm.x86.avx2.pshuf.b", 2), (4, 2, 1),
+            _shuffled("llvm.x86.avx2.pshuf.b", 2),
         ),
         Host(
             "neon", "aarch64", ("dotprod",), "", "+dotprod", _neon, True,
-            _shuffled("llvm.aarch64.neon.tbl1.v16i8", 4), (4, 2, 1),
+            _shuffled("llvm.aarch64.neon.tbl1.v16i8", 4),
         ),
-        Host("float", "", (), "", "", _float, True, _selected, (4, 2, 1), rounds=False),
+        Host("float", "", (), "", "", _float, True, _selected, rounds=False),
     )
 }  # fmt: skip
 

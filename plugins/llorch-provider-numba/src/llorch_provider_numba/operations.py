@@ -27,11 +27,14 @@ from llorch.providers import (
 )
 from llorch_provider_numba import emitter, protocol
 from llorch_provider_numba.device import NumbaDevice
-from llorch_provider_numba.formats import BLOCK, FORMATS, SEGMENT, Format, groups_of, units_of
+from llorch_provider_numba.formats import BLOCK, FORMATS, SEGMENT, Format, PlainFormat, groups_of, units_of
+from llorch_provider_numba.hosts import Host
 from llorch_provider_numba.memory import LayerCache, Weight
 from llorch_provider_numba.program import Record, Site, address, record
 
 Array = Any  # a NumPy array
+
+TILES = (1, 2, 4, 8)  # tokens of the tiles that compiled code chooses from
 
 
 class NumbaOps:
@@ -200,7 +203,7 @@ class _Products:
             slots = (
                 w.address, units * form.unit_bytes, groups, units, base + self._areas[self._way(part)],
                 self._row_bytes(part), address(out), part.rows, tokens, address(bias), largest,
-                *_by_tile(self._kernels[part.type]), *(emitter.groups_for(form, t) for t in (1, 2, 4, 8)),
+                *_by_tile(self._kernels[part.type]), *_groups(form, self._host),
                 *up, address(self._gated),
             )  # fmt: skip
             chunks = -(-groups // protocol.CHUNK)
@@ -210,7 +213,12 @@ class _Products:
 
 def _by_tile(kernels: dict[int, int]) -> list[int]:
     """Addresses for tiles of 1, 2, 4 and 8 tokens; 0 where a host has none."""
-    return [kernels.get(t, 0) for t in (1, 2, 4, 8)]
+    return [kernels.get(t, 0) for t in TILES]
+
+
+def _groups(form: Format | PlainFormat, host: Host) -> list[int]:
+    """Groups of rows that the kernels of `_by_tile` take at once."""
+    return [emitter.groups_for(form, host, t) if t in host.tiles else 0 for t in TILES]
 
 
 def _attention(device: NumbaDevice, spec: AttentionSpec) -> Callable[..., list[Record]]:
@@ -234,7 +242,7 @@ def _attention(device: NumbaDevice, spec: AttentionSpec) -> Callable[..., list[R
             *where, address(batch.sequence_ids), address(batch.block_tables), spec.max_blocks, spec.heads,
             spec.kv_heads, spec.head_dim, spec.block_size, tokens, form.width, spec.window or 0, float(spec.scale),
             float(spec.soft_cap or 0), address(scratch), thread_bytes, partials, segments, tile, largest,
-            *_by_tile(kernels), *(emitter.groups_for(form, t) for t in (1, 2, 4, 8)), *_by_tile(softmax),
+            *_by_tile(kernels), *_groups(form, device.host), *_by_tile(softmax),
         )  # fmt: skip
         items = pairs * segments if split else -(-tokens // tile) * spec.kv_heads
         made = [record(protocol.APPEND, tokens, slots), record(protocol.ATTEND, items, slots)]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llorch_provider_numba.intrinsics import (
-    bits_of,
-    bytes_at,
     call_product,
-    float_of,
     floats,
     inlined,
     ints,
@@ -16,10 +13,8 @@ from llorch_provider_numba.intrinsics import (
     native,
 )
 from llorch_provider_numba.protocol import CHUNK, PLAIN, ROUNDED
-from llorch_provider_numba.rows import MAGIC, MAGIC_BITS, ONE, ZERO, silu
-
-INT8_MAX = np.float32(127)
-MAGNITUDE = np.int32(0x7FFFFFFF)
+from llorch_provider_numba.rounding import round_block
+from llorch_provider_numba.rows import ONE, ZERO, silu
 
 
 @inlined
@@ -59,30 +54,15 @@ def prepare(p, t):
         if block * 32 >= cols:
             ints(here, record // 4)[:] = 0
         elif kind == ROUNDED:
-            _round(x[block * 32 : block * 32 + 32], here, segment, np.int32(offset), minima)
+            _round(load_i64(p + 24) + 4 * (t * cols + block * 32), here, segment, np.int32(offset), minima)
         else:
             _keep(x[block * 32 : block * 32 + 32], here, segment, np.float32(offset), minima)
 
 
 @inlined
 def _round(x, here, segment, offset, minima):
-    """32 columns as int8 with one scale, the largest magnitude / 127."""
-    largest = np.int32(0)
-    for i in range(32):  # as integers, which order as magnitudes do
-        largest = max(largest, bits_of(x[i]) & MAGNITUDE)
-    most = float_of(largest)
-    inverse = INT8_MAX / most if most > ZERO else ZERO
-    quants = bytes_at(here, 32)
-    low, high = np.int32(0), np.int32(0)
-    for i in range(16):
-        q = bits_of(x[i] * inverse + MAGIC) - MAGIC_BITS
-        quants[i] = q
-        low += q
-    for i in range(16, 32):
-        q = bits_of(x[i] * inverse + MAGIC) - MAGIC_BITS
-        quants[i] = q
-        high += q
-    scale = most / INT8_MAX
+    """The 32 columns at address x, as a record of emitter.py."""
+    low, high, scale = round_block(x, here)
     floats(here + 32, 1)[0] = scale
     if segment == 32:
         low += high
