@@ -6,6 +6,8 @@ llama.cpp is run through llama-cpp-python from an interpreter of its own, where 
 
     python -m venv llamacpp && CMAKE_ARGS=-DGGML_NATIVE=ON llamacpp/bin/pip install llama-cpp-python
 
+With --without-llamacpp llorch stands beside the memory's limit alone.
+
 (A virtual machine may show AMX and not allow it: llama.cpp then dies of SIGSEGV, and needs the addition
 `-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'` and the same for CMAKE_CXX_FLAGS.)
 
@@ -31,6 +33,10 @@ from typing import Any
 
 WARMUP_TOKENS = 8
 PEER, MEMORY = "llama.cpp", "memory"
+BUILD_PEER = (
+    "build it in an environment of its own, python -m venv peer && CMAKE_ARGS=-DGGML_NATIVE=ON peer/bin/pip install "
+    "llama-cpp-python, and name that with --llamacpp-python peer/bin/python; or leave it out with --without-llamacpp"
+)
 Figures = dict[str, float]
 
 
@@ -41,7 +47,10 @@ def main() -> None:
         return
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:  # now, and not when all is measured
         raise SystemExit("--plot needs matplotlib: pip install 'llorch[bench]'")
-    names = [PEER, *(name.strip() for name in arguments.provider.split(","))]
+    if not arguments.without_llamacpp and (missing := _no_peer(arguments.llamacpp_python)) is not None:
+        raise SystemExit(f"llama.cpp cannot be measured: {missing}\n{BUILD_PEER}")
+    peers = [] if arguments.without_llamacpp else [PEER]
+    names = [*peers, *(name.strip() for name in arguments.provider.split(","))]
     rounds: dict[str, list[Figures]] = {name: [] for name in [MEMORY, *names]}
     for i in range(arguments.rounds):
         for name in rounds:
@@ -62,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, help="a GGUF file that both can load")
     parser.add_argument("--provider", default="numpy-cpu", help="llorch's providers, between commas (%(default)s)")
     parser.add_argument("--llamacpp-python", default=sys.executable, help="interpreter that has llama-cpp-python")
+    parser.add_argument("--without-llamacpp", action="store_true", help="measure llorch and the memory alone")
     parser.add_argument("--threads", type=int, default=_cores(), help="threads of each (%(default)s, all cores)")
     parser.add_argument("-p", "--prefill", type=int, default=256, help="tokens of the prompt (%(default)s)")
     parser.add_argument("-n", "--decode", type=int, default=128, help="tokens to decode (%(default)s)")
@@ -75,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _no_peer(python: str) -> str | None:
+    """Why that interpreter has no llama-cpp-python, or None."""
+    try:
+        done = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, text=True)
+    except OSError as error:
+        return f"{python} cannot be run: {error.strerror}"
+    said = done.stderr.strip().splitlines() or [f"nothing, and ends with status {done.returncode}"]
+    return f"{python} says: {said[-1]}" if done.returncode else None
 
 
 # ---- one measurement: a process ----
@@ -170,15 +190,17 @@ def _summary(rounds: dict[str, list[Figures]], arguments: argparse.Namespace) ->
     matrix_bytes = _matrix_bytes(arguments.model)
     limit = bandwidth * 1e9 / matrix_bytes
     rows = []
-    for test in rounds[PEER][0]:
-        peer = statistics.median(figures[test] for figures in rounds[PEER])
-        for name in rounds:
-            if name == MEMORY:
-                continue
+    engines = [name for name in rounds if name != MEMORY]
+    for test in rounds[engines[0]][0]:
+        peer = statistics.median(figures[test] for figures in rounds[PEER]) if PEER in rounds else None
+        for name in engines:
             values = [figures[test] for figures in rounds[name]]
             median = statistics.median(values)
             row = {"test": test, "engine": name, "tokens_per_second": median, "low": min(values), "high": max(values)}
-            row |= {"to_peer": median / peer, "of_limit": median / limit if test.startswith("tg") else None}
+            row |= {
+                "to_peer": median / peer if peer else None,
+                "of_limit": median / limit if test.startswith("tg") else None,
+            }
             rows.append(row)
     return {
         "model": arguments.model.name,
@@ -202,10 +224,10 @@ def _print_table(result: dict[str, Any]) -> None:
     print(f"{'test':<7}{'engine':<16}{'tokens/s':>10}  {heads[0]:<18}{heads[1]:>13}{heads[2]:>14}")
     for row in result["rows"]:
         spread = f"{row['low']:.1f} - {row['high']:.1f}"
+        ratio = "" if row["to_peer"] is None else f"{row['to_peer']:.2f}x"
         share = "" if row["of_limit"] is None else f"{row['of_limit']:.0%}"
         print(
-            f"{row['test']:<7}{row['engine']:<16}{row['tokens_per_second']:>10.1f}  {spread:<18}"
-            f"{row['to_peer']:>12.2f}x{share:>14}"
+            f"{row['test']:<7}{row['engine']:<16}{row['tokens_per_second']:>10.1f}  {spread:<18}{ratio:>13}{share:>14}"
         )
 
 

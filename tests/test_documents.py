@@ -1,10 +1,14 @@
 """Every block of the README and of the documentation is run, and what it prints is what the document says it prints.
 
-`docs/writing-a-provider.md` has a test of its own, tests/unit/test_provider_guide.py: its blocks build one package.
+Two pages have tests of their own: `docs/writing-a-provider.md`, whose blocks build one package
+(tests/unit/test_provider_guide.py), and `docs/gpu-status.md`, whose blocks want a card (tests/test_gpu_page.py).
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +17,20 @@ import pytest
 
 from docs import settings_table
 from llorch.settings import _known_keys
-from tests.snippets import Reader, blocks_of, commands_of, matches
+from tests.snippets import Reader, blocks_of, commands_of, matches, not_run
 from tests.support import ROOT
 
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "writing-a-provider.md"
+GPU_PAGE = ROOT / "docs" / "gpu-status.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path != GUIDE]
 # the command that runs these tests, and what only a machine without llorch needs
 NOT_RUN = ("make test", "git clone", "cd ", "pip install", "source ", "docker ")
-RUN = {"console", "python", "toml"}
+RUN = {"console", "python", "toml", "sh"}
 SHOWN = {"text"}
+# what a page's script is run with in place of its defaults
+SMALL = {BENCHMARKS: {"SHAPES": "tiny", "TYPES": "Q4_0", "ROUNDS": "1", "PEER": "--without-llamacpp"}}
 
 
 @pytest.fixture
@@ -55,6 +63,8 @@ def work_through(document: Path, reader: Reader) -> None:
             reader.python(text, following[1] if following[0] == "text" else None)
         elif language == "toml":
             check_toml(text, reader)
+        elif language == "sh":
+            reader.script(text, SMALL[document] | {name: str(reader.scratch) for name in ("RESULTS", "PICTURES")})
 
 
 def check_toml(text: str, reader: Reader) -> None:
@@ -87,11 +97,20 @@ def test_what_a_document_says_and_a_command_does_not_print_is_found(reader: Read
         work_through(document, reader)
 
 
+def test_a_script_that_fails_half_way_is_found(reader: Reader) -> None:
+    reader.script("true ${SIZE:-8}", {"SIZE": "1"})
+    with pytest.raises(AssertionError, match="false"):
+        reader.script("false ${SIZE:-8}\ntrue", {"SIZE": "1"})
+    with pytest.raises(AssertionError, match="SIZE has no default"):
+        reader.script("true", {"SIZE": "1"})
+
+
 @pytest.mark.parametrize("document", [README, *PAGES], ids=lambda path: path.name)
 def test_no_block_is_of_a_kind_that_nobody_runs(document: Path) -> None:
     languages = {language for language, _ in blocks_of(document)}
     assert languages <= RUN | SHOWN
-    assert len(blocks_of(document)) * 2 == document.read_text().count("```"), "a fence that is not a block of its own"
+    fences = 2 * (len(blocks_of(document)) + len(not_run(document)))
+    assert fences == document.read_text().count("```"), "a fence that is not a block of its own"
 
 
 def test_the_readme_does_what_it_says(cloner: Reader) -> None:
@@ -100,9 +119,27 @@ def test_the_readme_does_what_it_says(cloner: Reader) -> None:
     work_through(README, cloner)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p)], ids=lambda path: path.name)
-def test_a_page_of_the_documentation_does_what_it_says(reader: Reader, page: Path) -> None:
-    work_through(page, reader)
+@pytest.mark.parametrize("page", [p for p in PAGES if p != GPU_PAGE and blocks_of(p)], ids=lambda path: path.name)
+def test_a_page_of_the_documentation_does_what_it_says(request: pytest.FixtureRequest, page: Path) -> None:
+    work_through(page, request.getfixturevalue("cloner" if page in SMALL else "reader"))
+
+
+def test_the_benchmarks_stand_beside_llama_cpp(cloner: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (peer := os.environ.get("LLAMACPP_PYTHON")) is None:
+        pytest.skip("LLAMACPP_PYTHON names no interpreter that has llama-cpp-python, which takes minutes to compile")
+    monkeypatch.setitem(SMALL[BENCHMARKS], "PEER", f"--llamacpp-python {peer}")
+    work_through(BENCHMARKS, cloner)
+    result = json.loads((cloner.scratch / "tiny-Q4_0.json").read_text())
+    assert {row["engine"] for row in result["rows"]} == {"llama.cpp", "numba-cpu"}
+
+
+UNRUN = [(page, reason, text) for page in [README, *PAGES] for reason, text in not_run(page)]
+
+
+@pytest.mark.parametrize(("page", "reason", "text"), UNRUN, ids=lambda value: getattr(value, "name", ""))
+def test_a_block_that_is_not_run_could_be(page: Path, reason: str, text: str) -> None:
+    subprocess.run(["sh", "-n", "-c", text], check=True)
+    pytest.skip(f"{page.name}: {reason}")
 
 
 def test_the_table_of_settings_is_that_of_the_code() -> None:
