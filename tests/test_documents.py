@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from pathlib import Path
 import pytest
 
 from docs import settings_table
+from llorch.core.requests import Ended, Started, StopReason, Token
+from llorch.errors import CancelledError
+from llorch.http import sse
 from llorch.settings import _known_keys
 from tests.snippets import Reader, blocks_of, commands_of, matches, not_run
 from tests.support import ROOT
@@ -27,8 +31,8 @@ BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path != GUIDE]
 # the command that runs these tests, and what only a machine without llorch needs
 NOT_RUN = ("make test", "git clone", "cd ", "pip install", "source ", "docker ")
+CONTRACT = ROOT / "docs" / "worker-contract.md"
 RUN = {"console", "python", "toml", "sh"}
-SHOWN = {"text"}
 # what a page's script is run with in place of its defaults
 SMALL = {BENCHMARKS: {"SHAPES": "tiny", "TYPES": "Q4_0", "ROUNDS": "1", "PEER": "--without-llamacpp"}}
 
@@ -107,8 +111,10 @@ def test_a_script_that_fails_half_way_is_found(reader: Reader) -> None:
 
 @pytest.mark.parametrize("document", [README, *PAGES], ids=lambda path: path.name)
 def test_no_block_is_of_a_kind_that_nobody_runs(document: Path) -> None:
-    languages = {language for language, _ in blocks_of(document)}
-    assert languages <= RUN | SHOWN
+    languages = [language for language, _ in blocks_of(document)]
+    shown = [before for before, language in zip(["", *languages], languages, strict=False) if language == "text"]
+    assert set(languages) <= {*RUN, "text"}
+    assert set(shown) <= {"python"} or document == CONTRACT, "text that no Python block before it prints"
     fences = 2 * (len(blocks_of(document)) + len(not_run(document)))
     assert fences == document.read_text().count("```"), "a fence that is not a block of its own"
 
@@ -140,6 +146,20 @@ UNRUN = [(page, reason, text) for page in [README, *PAGES] for reason, text in n
 def test_a_block_that_is_not_run_could_be(page: Path, reason: str, text: str) -> None:
     subprocess.run(["sh", "-n", "-c", text], check=True)
     pytest.skip(f"{page.name}: {reason}")
+
+
+def test_the_contract_lists_the_events_of_the_code() -> None:
+    ended = Ended(StopReason.STOP_SEQUENCE, 1, 1.0, stop_sequence="x")
+    events = [sse.started("1", "m", Started(0.0, 1)), sse.token(Token("a", 0)), sse.metrics(1.0, 1), sse.end(ended)]
+    events.append(sse.error(CancelledError("it was")))
+    [(_, text)] = [block for block in blocks_of(CONTRACT) if block[0] == "text"]
+    assert len(text.splitlines()) == len(events)
+    for line, event in zip(text.splitlines(), events, strict=True):
+        content = json.loads(event.decode().partition("data: ")[2])
+        assert re.findall(r'[{,]"(\w+)"', line) == list(content)
+        assert f'"type":"{content["type"]}"' in line
+    reasons = "|".join(f'"{reason}"' for reason in StopReason)
+    assert f'"stop_reason":{reasons}' in text
 
 
 def test_the_table_of_settings_is_that_of_the_code() -> None:
