@@ -17,7 +17,7 @@ import pytest
 from llorch.errors import LlorchError
 from llorch.providers import registry
 from tests.snippets import Reader, blocks_of
-from tests.support import ROOT, absent
+from tests.support import ROOT
 
 PAGE = ROOT / "docs" / "gpu-status.md"
 EMULATOR = ROOT / "plugins" / "llorch-provider-cupy" / "tests" / "emulator"
@@ -37,7 +37,7 @@ FIRST_RUN, MAKE_WHEELS, FROM_WHEELS, TENSOR_CORES = scripts()
 def put_emulator(folder: Path) -> None:
     """The emulated provider as an installed one, for processes that have the folder on their path."""
     if shutil.which("g++") is None:
-        absent("the emulated card needs g++: apt install g++")
+        pytest.skip("the emulated card needs g++: apt install g++")
     (folder / "emulator").symlink_to(EMULATOR)
     info = folder / "cuda_emulated-0.dist-info"
     info.mkdir()
