@@ -148,6 +148,29 @@ def test_a_block_that_is_not_run_could_be(page: Path, reason: str, text: str) ->
     pytest.skip(f"{page.name}: {reason}")
 
 
+def test_extras_and_make_targets_that_a_document_or_an_error_names_exist() -> None:
+    projects = [
+        tomllib.loads(path.read_text())["project"]
+        for path in files("pyproject.toml", "plugins/*/pyproject.toml", "examples/*/pyproject.toml")
+    ]
+    extras = {project["name"]: project.get("optional-dependencies", {}).keys() for project in projects}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    documents = files("*.md", "docs/*.md", "plugins/*/*.md", "examples/*/*.md")
+    sources = files("llorch/**/*.py", "plugins/*/src/**/*.py", "benchmarks/*.py")
+    named = [
+        found for path in documents + sources for found in re.findall(r"(llorch[\w-]*)\[(\w+)\]", path.read_text())
+    ]
+    made = [found for path in documents for found in re.findall(r"(?:`|^\$ |^)make ([a-z-]+)", path.read_text(), re.M)]
+    assert len(named) > 10
+    assert len(made) > 10
+    assert [f"{name}[{extra}]" for name, extra in named if extra not in extras[name]] == []
+    assert set(made) <= targets
+
+
+def files(*patterns: str) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+
+
 def test_the_contract_lists_the_events_of_the_code() -> None:
     ended = Ended(StopReason.STOP_SEQUENCE, 1, 1.0, stop_sequence="x")
     events = [sse.started("1", "m", Started(0.0, 1)), sse.token(Token("a", 0)), sse.metrics(1.0, 1), sse.end(ended)]
