@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
+DIST ?= dist
 
 .PHONY: setup serve test check format bench fuzz fuzz-api soak docs dist clean
 
@@ -48,9 +49,9 @@ docs: setup  ## the documentation, into .cache/site
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-dist: setup  ## wheels of llorch and of every plugin, into dist/
-	rm -rf dist
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist . $(dir $(PLUGINS))
+dist: setup  ## wheels of llorch and of every plugin, into dist/; elsewhere: make dist DIST=folder
+	rm -f $(DIST)/llorch*.whl
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(DIST) . $(dir $(PLUGINS))
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache $(DIST) build

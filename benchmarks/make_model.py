@@ -3,7 +3,7 @@
     python benchmarks/make_model.py tinyllama Q4_0 tinyllama-Q4_0.gguf
 
 `tinyllama` has the shape of TinyLlama 1.1B; `wide` is that of a wider model with fewer layers (heads of 128, a
-feed-forward layer of 8192), which no kernel was tuned on.
+feed-forward layer of 8192), which no kernel was tuned on; `tiny` shows in a second that a command works.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from llorch.providers.conformance.models import TinyModel, write_model
 SHAPES = {
     "tinyllama": {"dim": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "ffn": 5632, "context": 2048},
     "wide": {"dim": 3072, "layers": 10, "heads": 24, "kv_heads": 8, "ffn": 8192, "context": 8192},
+    "tiny": {"dim": 256, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 512, "context": 2048},
 }
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "F16")
 

@@ -1,7 +1,7 @@
-"""Draws the pictures of docs/benchmarks.md.
+"""Draws the pictures of docs/benchmarks.md from what `vs_llamacpp.py --json` has written, a file a model.
 
-python benchmarks/plot.py comparison results/*.json --out docs/benchmarks.svg       from vs_llamacpp.py --json
-python benchmarks/plot.py roofline ops.jsonl --out docs/roofline.svg                from llorch bench --ops --json
+python benchmarks/plot.py comparison results/*.json --out docs/benchmarks.svg
+python benchmarks/plot.py roofline results/*.json --out docs/roofline.svg
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ def _bars(panel: Any, results: list[dict[str, Any]], what: str) -> None:
     for place, result in enumerate(results):
         rows = [row for row in result["rows"] if row["test"].startswith(what)]
         for i, row in enumerate(rows):
-            value, at = row["tokens_per_second"], place + (i - 0.5) * WIDTH
+            value, at = row["tokens_per_second"], place + (i - (len(rows) - 1) / 2) * WIDTH
             spread = [[value - row["low"]], [row["high"] - value]]
             label = row["engine"] if place == 0 else None
-            panel.bar(at, value, WIDTH, yerr=spread, capsize=3, color=(GREY, BLUE)[i], label=label)
+            colour = GREY if row["engine"] == PEER else BLUE
+            panel.bar(at, value, WIDTH, yerr=spread, capsize=3, color=colour, label=label)
         if what == "tg":
             label = "memory bandwidth" if place == 0 else None
             panel.hlines(result["limit_tokens_per_second"], place - WIDTH, place + WIDTH, RED, "dashed", label=label)

@@ -6,6 +6,8 @@ llama.cpp is run through llama-cpp-python from an interpreter of its own, where 
 
     python -m venv llamacpp && CMAKE_ARGS=-DGGML_NATIVE=ON llamacpp/bin/pip install llama-cpp-python
 
+With --without-llamacpp llorch stands beside the memory's limit alone.
+
 (A virtual machine may show AMX and not allow it: llama.cpp then dies of SIGSEGV, and needs the addition
 `-DCMAKE_C_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'` and the same for CMAKE_CXX_FLAGS.)
 
@@ -32,6 +34,10 @@ from typing import Any
 
 WARMUP_TOKENS = 8
 PEER, MEMORY = "llama.cpp", "memory GB/s"
+BUILD_PEER = (
+    "build it in an environment of its own, python -m venv peer && CMAKE_ARGS=-DGGML_NATIVE=ON peer/bin/pip install "
+    "llama-cpp-python, and name that with --llamacpp-python peer/bin/python; or leave it out with --without-llamacpp"
+)
 Figures = dict[str, float]
 
 
@@ -42,7 +48,10 @@ def main() -> None:
         return
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:  # now, and not when all is measured
         raise SystemExit("--plot needs matplotlib: pip install 'llorch[bench]'")
-    names = [PEER, *(name.strip() for name in arguments.provider.split(","))]
+    if not arguments.without_llamacpp and (missing := _no_peer(arguments.llamacpp_python)) is not None:
+        raise SystemExit(f"llama.cpp cannot be measured: {missing}\n{BUILD_PEER}")
+    peers = [] if arguments.without_llamacpp else [PEER]
+    names = [*peers, *(name.strip() for name in arguments.provider.split(","))]
     rounds: dict[str, list[Figures]] = {name: [] for name in names}
     for i in range(arguments.rounds):
         for name in names if i % 2 == 0 else reversed(names):
@@ -63,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, help="a GGUF file that both can load")
     parser.add_argument("--provider", default="numpy-cpu", help="llorch's providers, between commas (%(default)s)")
     parser.add_argument("--llamacpp-python", default=sys.executable, help="interpreter that has llama-cpp-python")
+    parser.add_argument("--without-llamacpp", action="store_true", help="measure llorch and the memory alone")
     parser.add_argument("--threads", type=int, default=_cores(), help="threads of each (%(default)s, all cores)")
     parser.add_argument("-p", "--prefill", type=int, default=256, help="tokens of the prompt (%(default)s)")
     parser.add_argument("-n", "--decode", type=int, default=128, help="tokens to decode (%(default)s)")
@@ -76,6 +86,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _no_peer(python: str) -> str | None:
+    """Why that interpreter has no llama-cpp-python, or None."""
+    try:
+        done = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, text=True)
+    except OSError as error:
+        return f"{python} cannot be run: {error.strerror}"
+    said = done.stderr.strip().splitlines() or [f"nothing, and ends with status {done.returncode}"]
+    return f"{python} says: {said[-1]}" if done.returncode else None
 
 
 # ---- one measurement: a process ----
@@ -174,13 +194,15 @@ def _summary(rounds: dict[str, list[Figures]], arguments: argparse.Namespace) ->
     bandwidth = statistics.median(f[MEMORY] for name in rounds if name != PEER for f in rounds[name])
     matrix_bytes = _matrix_bytes(arguments.model)
     rows = []
-    for test in rounds[PEER][0]:
+    tests = [test for test in next(iter(rounds.values()))[0] if test != MEMORY]
+    for test in tests:
         for name, figures in rounds.items():
             values = [f[test] for f in figures]
-            ratios = [f[test] / peer[test] for f, peer in zip(figures, rounds[PEER], strict=True)]
             row = {"test": test, "engine": name, "tokens_per_second": statistics.median(values)}
-            row |= {"low": min(values), "high": max(values), "to_peer": statistics.median(ratios)}
-            row |= {"to_peer_low": min(ratios), "to_peer_high": max(ratios), "of_limit": None}
+            row |= {"low": min(values), "high": max(values), "to_peer": None, "of_limit": None}
+            if PEER in rounds:
+                ratios = [f[test] / peer[test] for f, peer in zip(figures, rounds[PEER], strict=True)]
+                row |= {"to_peer": statistics.median(ratios), "to_peer_low": min(ratios), "to_peer_high": max(ratios)}
             if test.startswith("tg") and name != PEER:
                 row["of_limit"] = statistics.median(f[test] * matrix_bytes / f[MEMORY] / 1e9 for f in figures)
             rows.append(row)
@@ -202,14 +224,16 @@ def _print_table(result: dict[str, Any]) -> None:
         f"memory {result['bandwidth_gb_s']:.1f} GB/s; {result['bytes_per_token'] / 1e6:.0f} MB a token: "
         f"at most {result['limit_tokens_per_second']:.1f} tokens/s decode\n"
     )
-    heads = "lowest - highest", "to llama.cpp", "lowest - highest", "of the limit"
-    print(f"{'test':<7}{'engine':<16}{'tokens/s':>10}  {heads[0]:<18}{heads[1]:>13}  {heads[2]:<17}{heads[3]:>14}")
+    heads = "lowest - highest", "to llama.cpp", "of the limit"
+    print(f"{'test':<7}{'engine':<16}{'tokens/s':>10}  {heads[0]:<18}{heads[1]:>28}{heads[2]:>14}")
     for row in result["rows"]:
         spread = f"{row['low']:.1f} - {row['high']:.1f}"
+        ratio = ""
+        if row["to_peer"] is not None:
+            ratio = f"{row['to_peer']:.2f}x ({row['to_peer_low']:.2f} - {row['to_peer_high']:.2f})"
         share = "" if row["of_limit"] is None else f"{row['of_limit']:.0%}"
         print(
-            f"{row['test']:<7}{row['engine']:<16}{row['tokens_per_second']:>10.1f}  {spread:<18}"
-            f"{row['to_peer']:>12.2f}x  {row['to_peer_low']:.2f} - {row['to_peer_high']:<10.2f}{share:>14}"
+            f"{row['test']:<7}{row['engine']:<16}{row['tokens_per_second']:>10.1f}  {spread:<18}{ratio:>28}{share:>14}"
         )
 
 

@@ -2,6 +2,8 @@
 
 A block fenced as `console` holds commands behind `$ ` and their output; `...` in the output stands for anything. A
 `text` block behind a `python` block is what that prints. `llorch serve` and `make serve` go on in the background.
+A `sh` block is a script to copy whole: it runs as it stands, with other values for the variables that have a default in
+it. A comment `not run: REASON` before a block says why nobody runs it.
 """
 
 from __future__ import annotations
@@ -30,8 +32,18 @@ class Command:
 
 
 def blocks_of(document: Path) -> list[tuple[str, str]]:
-    """(language, text) of every fenced block."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(), re.DOTALL | re.MULTILINE)
+    """(language, text) of every fenced block, without those that are not run."""
+    return [(language, text) for reason, language, text in _fences(document) if not reason]
+
+
+def not_run(document: Path) -> list[tuple[str, str]]:
+    """(reason, text) of the blocks that are not run."""
+    return [(reason, text) for reason, _, text in _fences(document) if reason]
+
+
+def _fences(document: Path) -> list[tuple[str, str, str]]:
+    comment = r"(?:^<!-- not run: ([^\n]+) -->\n+)?"
+    return re.findall(comment + r"^```(\w*)\n(.*?)^```$", document.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def commands_of(block: str) -> list[Command]:
@@ -88,15 +100,30 @@ class Reader:
     def python(self, code: str, expected: str | None) -> None:
         self._check([sys.executable, "-c", self.adapted(code)], expected, code)
 
+    def script(self, text: str, variables: dict[str, str]) -> None:
+        """Runs a block as it stands, but for variables that have a default in it."""
+        status, said = self.script_status(text, variables)
+        assert status == 0, f"{text}\n{said}"
+
+    def script_status(self, text: str, variables: dict[str, str]) -> tuple[int, str]:
+        """The exit status of such a block, and what it prints."""
+        for name in variables:
+            assert f"${{{name}:-" in text, f"{name} has no default in\n{text}"
+        done = self._run(["sh", "-euc", text], self.environment | variables, 1200)
+        return done.returncode, done.stdout
+
     def _check(self, command: list[str], expected: str | None, shown: str) -> None:
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, text=True, timeout=300, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        done = self._run(command, self.environment, 300)
         assert done.returncode == 0, f"{shown}\n{done.stdout}"
         assert expected is None or matches(done.stdout, expected), (
             f"{shown}\nprinted:\n{done.stdout}\nthe document says:\n{expected}"
         )
+
+    def _run(self, command: list[str], environment: dict[str, str], seconds: float) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=self.folder, env=environment, text=True, timeout=seconds, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
     def _start(self, line: str, expected: str) -> None:
         """Starts a server, in place of the one before, and waits until it has printed what the document shows."""

@@ -5,16 +5,19 @@
 #
 # RESULTS (default: gpu-results) gets a log of every part. WHEELS is a folder that docs/gpu-status.md says how to make,
 # for a machine without a network; without it, llorch, this provider and pytest have to be installed. A part that fails
-# or runs out of time does not keep the next from running: the last lines say which failed. PROVIDER names another one.
+# or runs out of time does not keep the next from running: the last lines say which failed. PARTS="attention models"
+# runs those alone. PROVIDER names another provider.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 RESULTS=${1:-gpu-results} WHEELS=${2:-} PROVIDER=${PROVIDER:-cupy-cuda} PYTHON=${PYTHON:-python3}
 mkdir -p "$RESULTS"
-FAILED=()
+FAILED=() TRIED=""
 
 part() { # part NAME SECONDS COMMAND...: runs one part with its own log
   local name=$1 seconds=$2 log="$RESULTS/$1.log" start=$SECONDS
   shift 2
+  [[ -z "${PARTS:-}" || " $PARTS " == *" $name "* ]] || return 0
+  TRIED+=" $name "
   if timeout "$seconds" "$@" >"$log" 2>&1; then
     echo "ok     $name ($((SECONDS - start)) s): $(tail -n 1 "$log")"
   else
@@ -45,14 +48,18 @@ if [ -n "$WHEELS" ]; then
   SITE=$(mktemp -d)
   part install 300 "$PYTHON" -m pip install -q --no-index --find-links "$WHEELS" --target "$SITE" \
     llorch llorch-provider-cupy pytest
-  export PYTHONPATH=$SITE
+  export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
 fi
 if [ "$PROVIDER" = cupy-cuda ]; then part card 30 nvidia-smi; fi
 part providers 180 "$PYTHON" -m llorch providers
 "$PYTHON" -c '
 import sys
+from llorch.errors import LlorchError
 from llorch.providers import registry
-registry.choose(sys.argv[1])[0].devices()' "$PROVIDER" || { echo "no card can be used: nothing else is tried"; exit 1; }
+try:
+    registry.choose(sys.argv[1])[0].devices()
+except LlorchError as error:
+    sys.exit(f"no card can be used, nothing else is tried: {error}")' "$PROVIDER" || exit 1
 
 suite device 120 "test_device"
 suite elementwise 120 "test_add_and_swiglu or test_swiglu or test_gather or test_embed"
@@ -82,5 +89,8 @@ fi
 part operations 240 "$PYTHON" -m llorch bench --ops --provider "$PROVIDER" --dim 4096 --ffn 11008 --heads 32 \
   --kv-heads 32 --context 512 -p 512
 
+for name in ${PARTS:-}; do # a misspelt part must not pass for one that is right
+  [[ $TRIED == *" $name "* ]] || { echo "FAILED $name: there is no such part here" && FAILED+=("$name"); }
+done
 echo "${#FAILED[@]} parts failed${FAILED[*]:+: ${FAILED[*]}}"
 [ ${#FAILED[@]} -eq 0 ]

@@ -15,7 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.snippets import Reader
 from tests.support import ROOT, absent
+from tests.test_gpu_page import FROM_WHEELS, MAKE_WHEELS, put_emulator
 
 PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 START_SECONDS = 120.0  # numba-cpu compiles its kernels at its first start
@@ -78,6 +80,23 @@ def test_a_fresh_environment_serves_the_demo_model(environment: Path, tmp_path: 
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, log.read_text()
+
+
+def test_a_folder_of_wheels_is_all_that_a_machine_without_a_network_needs(wheels: Path, tmp_path: Path) -> None:
+    """The page docs/gpu-status.md, its second block here and its third in an environment that has nothing but pip."""
+    reader, carried = Reader(ROOT, tmp_path), str(tmp_path / "wheels")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    reader.script(MAKE_WHEELS, {"WHEELS": carried, "PYTHON_VERSION": python, "DIST": str(tmp_path / "dist")})
+    bare = tmp_path / "bare"
+    venv.create(bare, with_pip=True)
+    put_emulator(tmp_path)
+    reader.environment["PATH"] = f"{bare / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    reader.environment |= {"PIP_NO_INDEX": "1", "PROVIDER": "cuda-emulated", "PARTS": "install providers topk"}
+    folders = {"WHEELS": carried, "SITE": str(tmp_path / "site"), "RESULTS": str(tmp_path / "results")}
+    status, said = reader.script_status(FROM_WHEELS, {**folders, "SIZES": "--help"})
+    assert status == 0, said
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("ok ")] == ["install", "providers", "topk"]
+    assert "usage: gpu.py" in said
 
 
 def _clean(folder: Path) -> dict[str, str]:
