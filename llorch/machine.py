@@ -19,6 +19,7 @@ import psutil
 import threadpoolctl
 
 MATRIX_ROWS = MATRIX_COLS = 4096  # 64 MiB of float32
+BLAS_SPINS = 0.1  # seconds, more than BLAS's threads keep a core busy after their work: what is measured next needs it
 
 _RESET_PEAK, _PROCESS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # Linux, see proc(5)
 
@@ -44,6 +45,7 @@ class Bandwidth:
         """One pass of each kind."""
         self._read_passes.append(self._read())
         self._matvec_passes.append(self._matvec())
+        time.sleep(BLAS_SPINS)
 
     @property
     def read_gb_s(self) -> float:
