@@ -17,7 +17,8 @@ from llorch.core.scheduler import Job, Scheduler
 from llorch.core.sequences import SequenceCache
 
 SIZE, CONTEXT, CHUNK, PLACES = 4, 24, 8, 3
-BLOCKS = 1 + 2 * CONTEXT // SIZE  # two whole contexts: three sequences may have to take turns
+BLOCKS = 2 + CONTEXT // SIZE  # a whole context and a block more: sequences take turns
+BEGINNING = (1,) * 15
 STEPS = 60
 
 
@@ -40,13 +41,14 @@ class Machine(RuleBasedStateMachine):
         return self.scheduler.running + self.scheduler.waiting
 
     @rule(
-        prompt=st.lists(st.sampled_from([1, 1, 1, 2]), min_size=1, max_size=18),
+        shared=st.integers(0, 15),
+        own=st.lists(st.integers(2, 3), min_size=1, max_size=3),
         max_tokens=st.integers(1, 6),
         priority=st.sampled_from([0, 0, 0, 1]),
     )
-    def submit(self, prompt: list[int], max_tokens: int, priority: int) -> None:
+    def submit(self, shared: int, own: list[int], max_tokens: int, priority: int) -> None:
         self.count += 1
-        job_id, given = str(self.count), tuple(prompt)
+        job_id, given = str(self.count), (*BEGINNING[:shared], *own)
         request = Request(job_id=job_id, prompt=given, max_tokens=max_tokens, priority=priority)
         # a scheduler neither samples nor says anything
         job = Job(request, cast(Any, None), cast(Any, None), cast(Any, None), max_tokens, tokens=list(given))
@@ -70,7 +72,7 @@ class Machine(RuleBasedStateMachine):
                 if job.tokens_out == job.max_tokens:
                     self.scheduler.remove(job)
 
-    @precondition(lambda self: self.jobs)
+    @precondition(lambda self: len(self.jobs) > 2)
     @rule(data=st.data(), discard=st.booleans())
     def end(self, data: st.DataObject, discard: bool) -> None:
         """One is cancelled, or fails."""
