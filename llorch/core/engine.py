@@ -214,7 +214,8 @@ class Engine:
             if job.over:  # ended from outside while the step ran
                 continue
             job.computed += count
-            self._model.sequences.record(job.table, job.tokens, job.computed)
+            ends_prompt = count > 1 and not job.pending
+            self._model.sequences.record(job.table, job.tokens, job.computed, tail=ends_prompt)
         for job, (values, ids) in zip(wanted, rows, strict=True):
             if not job.over:
                 self._sample(job, values, ids)

@@ -30,8 +30,8 @@ class EngineThread:
 
     A thread that fails ends all jobs in flight with an error that says they may be tried again, and is replaced by
     another with the same weights and an empty cache. The third failure within a minute is final, and so is a step that
-    takes longer than `step_timeout` seconds: nothing can stop a kernel. `on_ready`, `on_failed` (the load failed) and
-    `on_fatal` are called from these threads.
+    takes longer than `step_timeout` seconds: nothing can stop a kernel. `on_ready`, `on_failed` (the load failed),
+    `on_fatal` and `on_step` (a step is over, all its events are given) are called from these threads.
     """
 
     def __init__(
@@ -44,12 +44,13 @@ class EngineThread:
         on_ready: Callable[[], None] = lambda: None,
         on_failed: Callable[[], None] = lambda: None,
         on_fatal: Callable[[], None] = lambda: None,
+        on_step: Callable[[], None] = lambda: None,
         **engine_options: Any,
     ) -> None:
         """`engine_options`: further ones of LLM.engine."""
         self._load, self._max_queue, self._engine_options = load, max_queue, engine_options
         self._step_timeout, self._restart_seconds = step_timeout, restart_seconds
-        self.on_ready, self.on_failed, self.on_fatal = on_ready, on_failed, on_fatal
+        self.on_ready, self.on_failed, self.on_fatal, self.on_step = on_ready, on_failed, on_fatal, on_step
         self.progress, self.progress_text = 0.0, "starting"
         self.load_error: BaseException | None = None
         self.fatal: EngineUnavailableError | None = None  # why the process should end
@@ -179,7 +180,10 @@ class EngineThread:
                     engine.wake.wait()
             number += 1
             self._step = number
-            ran = engine.step()
+            try:
+                ran = engine.step()
+            finally:
+                self.on_step()
             self._step = 0
             if not ran:
                 self._rest(engine)

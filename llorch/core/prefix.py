@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 ROOT = b""  # the digest of no tokens
+COPY_SHARE = 4  # a copy must save more than one part in this many of a block: all prompts begin with BOS
 ALTERNATIVES = 32  # continuations of a prefix that are looked at for a common beginning, the latest first
 
 
@@ -53,9 +54,11 @@ class PrefixIndex:
     def add(self, block: int, parent: bytes, tokens: Sequence[int]) -> bytes:
         """Records that a block holds `tokens`, a whole block or less, behind those of `parent`. Returns their digest.
 
-        Where another block is known to hold the same, that one stays the known one.
+        Replaces what was known of it, the beginning of the same. Where another block is known to hold `tokens`, that
+        one stays the known one.
         """
         digest = _digest(parent, tokens)
+        self.forget(block)
         if digest not in self._blocks:
             self._blocks[digest] = block
             self._known[block] = Known(digest, parent, tuple(tokens))
@@ -93,9 +96,8 @@ class PrefixIndex:
         return Match(blocks, digest, *self._partial(digest, tokens[at : min(at + size, most)]))
 
     def _partial(self, parent: bytes, tokens: Sequence[int]) -> tuple[int | None, int]:
-        """The block that begins most like `tokens`, and how far. A copy must save a quarter of a block to be worth it:
-        all prompts begin with BOS."""
-        best, most = None, self._block_size // 4
+        """The block that begins most like `tokens`, and how far, where a copy of it is worth it."""
+        best, most = None, self._block_size // COPY_SHARE
         for block in islice(reversed(self._children.get(parent, {})), ALTERNATIVES):
             common = _common(self._known[block].tokens, tokens)
             if common > most:

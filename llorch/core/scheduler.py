@@ -70,6 +70,9 @@ class Scheduler:
     A step has one token of each job that decodes, and behind them prompts: `max_tokens` in all, but at most
     `mixed_chunk` prompt tokens where others decode, so that a long prompt holds up no stream for long. When blocks run
     out, the last in rank gives up its own and waits to be computed again.
+
+    A job does not begin while one before it in rank computes what both begin with: it shares that when it is there.
+    Nobody passes it meanwhile; the prompt that it waits for takes the steps' room anyway, but for what its end leaves.
     """
 
     def __init__(
@@ -151,8 +154,13 @@ class Scheduler:
         taken = Counter(job.request.key for job in self.running) if self._max_per_key is not None else Counter()
         for job in self.waiting:
             if self._max_per_key is None or taken[job.request.key] < self._max_per_key:
-                return job if self._fits(job) else None
+                return job if not self._awaits_another(job) and self._fits(job) else None
         return None
+
+    def _awaits_another(self, job: Job) -> bool:
+        """Only those that run now and have a prompt to compute count, so that one that ends or gives way frees it."""
+        before = (other for other in self.running if other.pending > 1 and other.rank < job.rank)
+        return self._sequences.awaits(job.tokens, ((other.tokens, other.computed) for other in before))
 
     def _fits(self, job: Job) -> bool:
         """Whether blocks are free for all its tokens, beside what the prompts of others still need and one block more

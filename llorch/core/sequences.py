@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from llorch.core.cache import BlockAllocator
-from llorch.core.prefix import ROOT, Match, PrefixIndex
+from llorch.core.prefix import COPY_SHARE, ROOT, Match, PrefixIndex
 
 
 @dataclass(eq=False)
@@ -34,6 +34,18 @@ class SequenceCache:
             return need <= allocator.free
         found = self._index.find(tokens).blocks
         return need - sum(allocator.holders(block) > 0 for block in found) <= allocator.free
+
+    def awaits(self, tokens: Sequence[int], others: Iterable[tuple[Sequence[int], int]]) -> bool:
+        """Whether a sequence with these tokens should not begin yet: one of the others, of which the first so many
+        tokens are in the cache, is computing what it would compute as well, and what is worth to be shared."""
+        others = list(others)
+        if self._index is None or not others:
+            return False
+        match, size = self._index.find(tokens), self.allocator.block_size
+        end = len(match.blocks) * size + match.common + size // COPY_SHARE + 1
+        return end < len(tokens) and any(
+            computed < end <= len(other) and other[:end] == tokens[:end] for other, computed in others
+        )
 
     def begin(self, tokens: Sequence[int]) -> tuple[BlockTable, int]:
         """A table for a sequence with these tokens, and how many of them are in the cache already: not the last."""
@@ -76,8 +88,11 @@ class SequenceCache:
             table.blocks += found
         return found is not None
 
-    def record(self, table: BlockTable, tokens: Sequence[int], computed: int) -> None:
-        """The first `computed` tokens are in the cache: blocks that are full now can be shared."""
+    def record(self, table: BlockTable, tokens: Sequence[int], computed: int, *, tail: bool = False) -> None:
+        """The first `computed` tokens are in the cache: blocks that are full now can be shared.
+
+        With `tail` also what is in the last block, which others copy: a prompt's end, for all who ask the same.
+        """
         size = self.allocator.block_size
         if self._index is None:
             return
@@ -85,13 +100,13 @@ class SequenceCache:
             at = table.shared * size
             table.digest = self._index.add(table.blocks[table.shared], table.digest, tokens[at : at + size])
             table.shared += 1
+        at = table.shared * size
+        if tail and computed > at:
+            self._index.add(table.blocks[table.shared], table.digest, tokens[at:computed])
 
     def release(self, table: BlockTable, tokens: Sequence[int], computed: int) -> None:
         """The sequence ends or is to be computed again. What its blocks hold stays known until they are evicted."""
-        self.record(table, tokens, computed)
-        at = table.shared * self.allocator.block_size
-        if self._index is not None and computed > at:
-            self._index.add(table.blocks[table.shared], table.digest, tokens[at:computed])
+        self.record(table, tokens, computed, tail=True)
         self.allocator.release(table.blocks)
 
     def discard(self, table: BlockTable) -> None:

@@ -60,7 +60,8 @@ def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
         logging_config=None,  # logs.py configures all of them
     )
     # around Litestar, not within: routes that do not exist need a correlation id and a key too
-    return RequestLog(Turns(APIKeys(_with_head(app), keys)))
+    whole = RequestLog(Turns(APIKeys(_with_head(app), keys)))
+    return whole if worker.tracer is None else worker.tracer.following(whole)
 
 
 def _with_head(app: ASGIApp) -> ASGIApp:

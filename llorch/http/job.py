@@ -23,7 +23,8 @@ Deliver = Callable[[Event], None]
 class Mailbox:
     """Hands events from the engine's thread to the event loop, with one wake-up for all that gather until it runs.
 
-    A wake-up is a system call, and a step of many jobs has many events.
+    A wake-up is system calls of both threads, and a step of many jobs has many tokens: they wait for `flush`, when all
+    are sampled. Whatever else there is to tell is told at once.
     """
 
     def __init__(self) -> None:
@@ -34,6 +35,15 @@ class Mailbox:
     def put(self, deliver: Deliver, event: Event) -> None:
         """From the engine's thread."""
         self._events.append((deliver, event))
+        if not isinstance(event, Token):
+            self._wake()
+
+    def flush(self) -> None:
+        """From the engine's thread, when a step is over."""
+        if self._events:
+            self._wake()
+
+    def _wake(self) -> None:
         if not self._woken:
             self._woken = True
             self._loop.call_soon_threadsafe(self._deliver)

@@ -23,6 +23,7 @@ from llorch.errors import (
     QueueFullError,
 )
 from llorch.http.bodies import BodyError, ExecuteBody, Violation, execute_fields, parse_body
+from llorch.http.inbox import Inbox
 from llorch.http.job import Deliver, Job, Mailbox
 from llorch.http.metrics import Metrics
 from llorch.http.stream import JobStream, Timing
@@ -53,6 +54,7 @@ class Worker:
         self.draining = False
         self.timing = timing or Timing()
         self._mailbox = Mailbox()
+        engine.on_step = self._mailbox.flush
         self._tokenizers = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="llorch-tokenize")
         self._submitting = 0  # jobs that the engine does not know yet
         self._jobs: dict[str, Job] = {}  # from before the prompt is tokenized until the response is over
@@ -85,8 +87,8 @@ class Worker:
     async def _start(self, raw: bytes, key: str | None) -> JobStream:
         llm = self.ready()
         body = ExecuteBody(**parse_body(raw, execute_fields(self.max_tokens_limit, llm.config.vocab_size)))
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        job = self.open_job(body.job_id, events.put_nowait)
+        events: Inbox[Event] = Inbox()
+        job = self.open_job(body.job_id, events.put)
         tokens = await self.queue([job], lambda: self._submit(llm, body, job, key))
         _log_accepted(body, tokens)
         return JobStream(job, events, llm.config.name, self.engine, self.timing)

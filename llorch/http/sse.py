@@ -15,6 +15,7 @@ HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"x-accel-buffering", b"no"),  # nginx holds a stream back without it
 )
 KEEP_ALIVE = b": keep-alive\n\n"
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for each event
 _LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
@@ -26,7 +27,7 @@ def encode(kind: str, fields: Mapping[str, object]) -> bytes:
 def data(content: Mapping[str, object]) -> bytes:
     """The `data:` of an event, always a single line: JSON escapes the line breaks that SSE knows, and here the others
     of Unicode are escaped too, at which clients in Python (httpx's and requests' iter_lines) would cut it."""
-    line = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    line = _JSON.encode(content)
     if not line.isascii():
         line = line.translate(_LINE_BREAKS)
     return f"data: {line}\n\n".encode()

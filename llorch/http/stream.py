@@ -12,6 +12,7 @@ from llorch.core.engine_thread import EngineThread
 from llorch.core.requests import Ended, Event, Failed, Started, Token
 from llorch.errors import CancelledError, InferenceTimeoutError
 from llorch.http import sse
+from llorch.http.inbox import Inbox
 from llorch.http.job import Job
 
 
@@ -30,12 +31,9 @@ class JobStream:
     However the stream ends, the engine's job has ended or is cancelled.
     """
 
-    def __init__(
-        self, job: Job, events: asyncio.Queue[Event], model: str, engine: EngineThread, timing: Timing
-    ) -> None:
+    def __init__(self, job: Job, events: Inbox[Event], model: str, engine: EngineThread, timing: Timing) -> None:
         self._job, self._events = job, events
         self._model, self._engine, self._timing = model, engine, timing
-        self._loop = asyncio.get_running_loop()
         self._started = self._first_sent = self._last_sent = self._last_metrics = 0.0
         self._tokens_sent = 0
 
@@ -50,6 +48,7 @@ class JobStream:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             watch.cancel()
+            self._events.close()
             self._job.close(last)
 
     async def _watch(self, receive: Receive) -> None:
@@ -74,13 +73,7 @@ class JobStream:
 
     async def _next(self) -> list[Event]:
         """All events that wait, so that a stream that fell behind catches up in one write; none when a timer is due."""
-        try:
-            async with asyncio.timeout_at(self._loop.time() + self._due_in()):
-                events = [await self._events.get()]
-        except TimeoutError:
-            events = []
-        while not self._events.empty():
-            events.append(self._events.get_nowait())
+        events = await self._events.take(self._due())
         return events if self._job.failure is None else [Failed(self._job.failure)]
 
     def _encode(self, event: Started | Token) -> bytes:
@@ -93,14 +86,14 @@ class JobStream:
         self._first_sent = self._first_sent or now
         return sse.token(event)
 
-    def _due_in(self) -> float:
-        """Seconds until a comment, a metrics event or the end of the time limit is due."""
+    def _due(self) -> float:
+        """When a comment, a metrics event or the end of the time limit is due."""
         due = [self._last_sent + self._timing.keep_alive]
         if self._first_sent:
             due.append(max(self._first_sent, self._last_metrics) + self._timing.metrics)
         if self._started and self._timing.limit is not None:
             due.append(self._started + self._timing.limit)
-        return min(due) - time.monotonic()
+        return min(due)
 
     async def _send_what_is_due(self, send: Send) -> None:
         now = time.monotonic()

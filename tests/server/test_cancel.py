@@ -43,7 +43,7 @@ def test_in_decode(slow: Server, slow_client: httpx.Client) -> None:
         cancel(other, "decode")
         answered = time.monotonic()
         rest = list(stream)
-        assert time.monotonic() - answered < 0.5
+        assert time.monotonic() - answered < 1.5
     assert (rest[-1]["type"], rest[-1]["code"]) == ("error", "CANCELLED")
     # no token but those of the steps, of 10 ms or more, that ended before the cancellation was answered
     assert sum(event["type"] == "token" for event in rest) <= (answered - asked) / 0.01 + 1
@@ -55,7 +55,7 @@ def test_in_prefill(slow: Server, slow_client: httpx.Client) -> None:
         cancel(other, "prefill")
         began = time.monotonic()
         assert_cancelled(stream)
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 1.0
 
 
 def test_while_queued(slow: Server, slow_client: httpx.Client) -> None:
@@ -120,7 +120,7 @@ def test_a_client_that_hangs_up_frees_its_blocks(slow: Server, until: str) -> No
         assert slow.metrics()["llorch_kv_blocks_used"] > 0
     left = time.monotonic()
     eventually(lambda: slow.metrics()["llorch_kv_blocks_used"] == 0, 2, "the blocks of a job whose client left")
-    assert time.monotonic() - left < 0.5
+    assert time.monotonic() - left < 1.5
     assert slow.metrics()['llorch_requests_total{outcome="cancelled"}'] == cancelled + 1
 
 

@@ -105,6 +105,10 @@ def test_usage_counts_what_was_cached_once_for_each_prompt_and_a_switch_turns_it
         again = complete(client, first, max_tokens=8, n=3, seed=1)
         assert cached(again) == 80  # all but the last token, whose logits are wanted
         assert text_of(again) == text_of(new)
+        hits = server.metrics()["llorch_prefix_cache_hit_tokens_total"]
+        several = complete(client, prompt("c", 81), n=4)
+        assert cached(several) == 0
+        assert server.metrics()["llorch_prefix_cache_hit_tokens_total"] - hits == 3 * 80
         both = client.post("/v1/completions", json={"prompt": [first, other], "max_tokens": 1}).json()
         assert cached(both) == 80
         assert [cached(complete(without, first, max_tokens=8)) for _ in range(2)] == [0, 0]

@@ -6,12 +6,13 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.server.conftest import Start
@@ -91,25 +92,34 @@ def test_a_heartbeat_that_is_not_taken_is_logged_without_its_secrets_and_costs_n
         assert server.wait() == 0
 
 
-def test_a_request_is_a_trace_with_its_queue_prefill_and_decode(start: Start) -> None:
+def traced(start: Start, requests: Callable[[httpx.Client], None], **env: str) -> tuple[list[Any], set[str]]:
+    """The spans that a worker has sent when it has ended, and the names of the services they are of."""
     trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
     with collector() as backend:
-        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": backend.url, "OTEL_SERVICE_NAME": "teller", "NO_PROXY": "127.0.0.1"}
+        env |= {"OTEL_EXPORTER_OTLP_ENDPOINT": backend.url, "NO_PROXY": "127.0.0.1"}
         server = start("--traces", env=env).wait_healthy()
         with server.client() as client:
-            assert run(client, job_id="traced", **JOB)[-1]["type"] == "end"
+            requests(client)
         server.signal(signal.SIGTERM)  # what is not yet sent is sent now
         assert server.wait() == 0
-        spans, names = {}, set()
-        for path, body in backend.bodies:
-            assert path == "/v1/traces"
-            message = trace_service.ExportTraceServiceRequest.FromString(body)
-            for resource in message.resource_spans:
-                names |= {a.value.string_value for a in resource.resource.attributes if a.key == "service.name"}
-                spans |= {span.name: span for scope in resource.scope_spans for span in scope.spans}
+        assert {path for path, _ in backend.bodies} <= {"/v1/traces"}
+        messages = [trace_service.ExportTraceServiceRequest.FromString(body) for _, body in backend.bodies]
+    resources = [resource for message in messages for resource in message.resource_spans]
+    attributes = [attribute for resource in resources for attribute in resource.resource.attributes]
+    names = {attribute.value.string_value for attribute in attributes if attribute.key == "service.name"}
+    return [span for resource in resources for scope in resource.scope_spans for span in scope.spans], names
+
+
+def test_a_request_is_a_trace_with_its_queue_prefill_and_decode(start: Start) -> None:
+    def requests(client: httpx.Client) -> None:
+        assert run(client, job_id="traced", **JOB)[-1]["type"] == "end"
+
+    found, names = traced(start, requests, OTEL_SERVICE_NAME="teller")
+    spans = {span.name: span for span in found}
     assert names == {"teller"}
     assert spans.keys() == {"request", "queue", "prefill", "decode"}
     request = spans["request"]
+    assert not request.parent_span_id
     order = [spans[name] for name in ("queue", "prefill", "decode")]
     assert {span.parent_span_id for span in order} == {request.span_id}
     assert len({span.trace_id for span in spans.values()}) == 1
@@ -119,6 +129,35 @@ def test_a_request_is_a_trace_with_its_queue_prefill_and_decode(start: Start) ->
     attributes = {a.key: a.value for a in request.attributes}
     assert attributes["llorch.job_id"].string_value == "traced"
     assert attributes["gen_ai.usage.output_tokens"].int_value == 6
+
+
+def test_a_request_goes_on_the_trace_of_its_sender_and_is_not_recorded_where_that_is_not(start: Start) -> None:
+    headers = {
+        name: {"traceparent": f"00-{digit * 32}-{digit * 16}-{flags}"}
+        for name, digit, flags in (("execute", "1", "01"), ("complete", "2", "01"), ("unrecorded", "3", "00"))
+    } | {"broken": {"traceparent": f"00-{'4' * 32}-{'0' * 16}-01"}}
+
+    def requests(client: httpx.Client) -> None:
+        for name, sent in headers.items():
+            if name == "complete":
+                body = {"prompt": "Once", "max_tokens": 2}
+                assert client.post("/v1/completions", json=body, headers=sent).status_code == 200
+            else:
+                with client.stream("POST", "/execute", json={"job_id": name, **JOB}, headers=sent) as response:
+                    response.read()
+
+    spans, _ = traced(start, requests)
+    request = {span.trace_id.hex(): span for span in spans if span.name == "request"}
+    for digit in "12":
+        found = request.pop(digit * 32)
+        assert found.parent_span_id.hex() == digit * 16
+        parts = [span for span in spans if span.trace_id == found.trace_id and span is not found]
+        assert {span.parent_span_id for span in parts} == {found.span_id}
+        assert len(parts) == 3
+    (own,) = request.values()  # a broken header is none
+    assert {a.key: a.value for a in own.attributes}["llorch.job_id"].string_value == "broken"
+    assert not own.parent_span_id
+    assert len(spans) == 3 * 4
 
 
 def test_every_metric_that_the_dashboard_asks_for_is_there(server: Server) -> None:

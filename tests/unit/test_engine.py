@@ -225,7 +225,7 @@ def test_waiting_longer_than_the_queue_time_limit_is_an_error(llm) -> None:
     engine = llm.engine(queue_timeout=0.05)
     listeners = [Listener() for _ in range(5)]
     for i, listener in enumerate(listeners):
-        engine.submit(request(llm, str(i), max_tokens=200), listener.append)
+        engine.submit(request(llm, str(i), [1, 300 + i, 7], max_tokens=200), listener.append)
     engine.step()
     time.sleep(0.06)
     while engine.step():

@@ -9,8 +9,8 @@ import pytest
 
 import llorch
 from llorch.core.engine import Engine
-from llorch.core.requests import Ended, Request, SamplingParams, Started, Token
-from llorch.errors import SettingsError
+from llorch.core.requests import Ended, Failed, Request, SamplingParams, Started, Token
+from llorch.errors import EngineError, SettingsError
 from tests.support import shared
 from tests.unit.test_engine import Listener, request, run
 
@@ -142,6 +142,79 @@ def test_a_conversation_that_goes_on_computes_only_what_is_new() -> None:
         turn = [*first, *events.last.tokens, 400, 401, 402]
         (again,) = run(engine, request(llm, "second", turn, max_tokens=4))
         assert again[0].cached_tokens == 60 + 20  # the last token of an answer was never an input
+
+
+def of_prompts(engine: Engine) -> int:
+    """Prompt tokens that were computed. One of which only the last token was lacking counts as a decode."""
+    return sum(step.prompt_tokens for step in engine.steps())
+
+
+def test_eight_equal_prompts_at_once_are_computed_once_but_for_each_last_token() -> None:
+    with load(parallel=8) as llm, load(parallel=8, prefix_cache=False) as fresh:
+        requests = [request(llm, str(i), prompt(0, 500), max_tokens=8, ignore_eos=True) for i in range(8)]
+        engine, without = llm.engine(), fresh.engine()
+        together, apart = submit(engine, *requests), submit(without, *requests)
+        finish(engine)
+        finish(without)
+        assert of_prompts(engine) == 500
+        assert of_prompts(without) == 8 * 500  # the twin: nothing is shared, nobody waits
+        assert engine.stats().prefix_hit_tokens == 7 * 499
+        assert [events[0].cached_tokens for events in together] == [0] + [499] * 7
+        (alone,) = run(fresh.engine(), request(fresh, "alone", prompt(0, 500), max_tokens=8, ignore_eos=True))
+        assert {events.last.tokens for events in together + apart} == {alone.last.tokens}
+
+
+def test_prompts_that_begin_alike_at_once_compute_their_beginning_once_in_order_and_together() -> None:
+    with load(parallel=4, chunk=64) as llm:
+        engine, beginning = llm.engine(mixed_chunk=64), prompt(0, 320)
+        requests = [
+            request(llm, str(i), beginning + prompt(9 + i, 12)[1:], max_tokens=8, ignore_eos=True) for i in range(3)
+        ]
+        events = submit(engine, *requests, request(llm, "other", prompt(5, 40), max_tokens=8, ignore_eos=True))
+        for _ in range(5):
+            engine.step()
+            assert [[job.job_id for job in jobs] for jobs in engine.jobs()] == [["0"], ["1", "2", "other"]]
+        engine.step()  # the beginning is there, and the first has 11 more
+        assert [job.job_id for job in engine.jobs()[0]] == ["0", "1", "2", "other"]
+        finish(engine)
+        assert of_prompts(engine) == 320 + 3 * 11 + 40
+        assert [listener[0].cached_tokens for listener in events] == [0, 320, 320, 0]
+
+
+@pytest.mark.parametrize("way", ["cancelled", "discarded", "preempted"])
+def test_one_whose_beginning_another_was_computing_goes_on_when_that_is_gone(way: str) -> None:
+    with load(parallel=4, chunk=64) as llm:
+        engine = llm.engine()
+        first, second = submit(
+            engine, *(request(llm, name, prompt(0, 400), max_tokens=4, ignore_eos=True) for name in ("1", "2"))
+        )
+        engine.step()
+        assert [job.job_id for job in engine.jobs()[1]] == ["2"]
+        scheduler = engine._scheduler
+        (job,) = scheduler.running
+        if way == "cancelled":
+            engine.cancel("1")
+        elif way == "discarded":
+            engine._end(job, Failed(EngineError("logits are NaN")), discard=True)
+        else:
+            scheduler._preempt(job)
+        finish(engine)
+        assert isinstance(second.last, Ended)
+        assert isinstance(first.last, Ended if way == "preempted" else Failed)
+        assert of_prompts(engine) == (464 if way == "discarded" else 400)
+        assert llm.allocator.used == 0
+
+
+@pytest.mark.parametrize(("priority", "running"), [(-1, ["second", "first"]), (0, ["first"])])
+def test_nobody_waits_for_one_that_is_behind_it_in_rank(priority: int, running: list[str]) -> None:
+    with load(parallel=4, chunk=64) as llm:
+        engine = llm.engine()
+        submit(engine, request(llm, "first", prompt(0, 100)))
+        engine.step()
+        submit(engine, request(llm, "second", prompt(0, 100), priority=priority))
+        engine.step()  # it has room for the 36 tokens that the first lacks, and for 28 more
+        assert [job.job_id for job in engine.jobs()[0]] == running
+        finish(engine)
 
 
 # ---- order ----

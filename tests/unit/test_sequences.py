@@ -45,7 +45,8 @@ class Machine(RuleBasedStateMachine):
         for position in range(one.computed, one.computed + count):
             block = one.table.blocks[position // SIZE]
             assert self.allocator.holders(block) == 1, "a shared block is written"
-            assert block not in self.index, "a block is written that others may begin with"
+            known = len(self.index.known(block).tokens) if block in self.index else 0
+            assert position % SIZE >= known, "what others may begin with is written over"
             self.memory[block, position % SIZE] = tuple(one.tokens[: position + 1])
         one.computed += count
 
@@ -63,15 +64,15 @@ class Machine(RuleBasedStateMachine):
         self.sequences.append(Sequence(tokens, table, cached))
 
     @precondition(lambda self: self.sequences)
-    @rule(data=st.data(), more=st.lists(st.integers(1, 2), max_size=2), count=st.integers(1, 9))
-    def compute(self, data: st.DataObject, more: list[int], count: int) -> None:
+    @rule(data=st.data(), more=st.lists(st.integers(1, 2), max_size=2), count=st.integers(1, 9), tail=st.booleans())
+    def compute(self, data: st.DataObject, more: list[int], count: int, tail: bool) -> None:
         one = self.pick(data)
         one.tokens += more
         count = min(count, len(one.tokens) - one.computed)
         before, free = list(one.table.blocks), self.allocator.free
         if self.cache.extend(one.table, one.computed + count):
             self.write(one, count)
-            self.cache.record(one.table, one.tokens, one.computed)
+            self.cache.record(one.table, one.tokens, one.computed, tail=tail)
         else:
             assert one.table.blocks == before
             assert self.allocator.blocks_for(one.computed + count) - len(before) > free

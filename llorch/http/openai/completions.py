@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 import uuid
@@ -100,7 +99,7 @@ class Completions:
     ) -> Reply:
         """Queues n jobs for each prompt. Job i is `<id>-<i>`, or the response's own id where there is one alone."""
         name, count = f"{prefix}-{uuid.uuid4().hex}", prompts * body.n
-        events: Events = asyncio.Queue()
+        events = Events()
         jobs = [
             self._worker.open_job(name if count == 1 else f"{name}-{i}", _deliver_to(events, i)) for i in range(count)
         ]
@@ -154,7 +153,7 @@ def _prompts(llm: LLM, body: CompletionBody) -> Prompts:
 
 
 def _deliver_to(events: Events, index: int) -> Callable[[Event], None]:
-    return lambda event: events.put_nowait((index, event))
+    return lambda event: events.put((index, event))
 
 
 def _fingerprint(llm: LLM) -> str:

@@ -114,7 +114,8 @@ class CompletionFormat(Format):
         return self._part(index, answer.text, answer.logprobs, finish_reason(answer.ended))
 
     def _part(self, index: int, text: str, logprobs: Sequence[TokenLogprobs], reason: str | None) -> dict[str, Any]:
-        shape = self._logprobs.setdefault(index, CompletionLogprobs(self._tokenizer))
+        if (shape := self._logprobs.get(index)) is None:
+            shape = self._logprobs[index] = CompletionLogprobs(self._tokenizer)
         return {"index": index, "text": text, "logprobs": shape(logprobs), "finish_reason": reason}
 
 

@@ -13,13 +13,14 @@ from llorch.core.requests import Ended, Event, Failed, Started, Token
 from llorch.errors import CancelledError, InferenceTimeoutError, LlorchError
 from llorch.http import sse
 from llorch.http.errors import send_json
+from llorch.http.inbox import Inbox
 from llorch.http.job import Job
 from llorch.http.openai.errors import describe, retry_after
 from llorch.http.openai.responses import Answer, Format
 from llorch.http.stream import Timing
 
 DONE = b"data: [DONE]\n\n"
-Events = asyncio.Queue[tuple[int, Event]]
+Events = Inbox[tuple[int, Event]]
 
 
 class Reply:
@@ -42,6 +43,7 @@ class Reply:
             await self._respond(send)
         finally:
             watch.cancel()
+            self._events.close()
             self._close()
 
     async def _respond(self, send: Send) -> None:
@@ -69,13 +71,7 @@ class Reply:
 
     async def _next(self, pause: float) -> list[tuple[int, Event]]:
         """All events that wait; none when `pause` seconds have passed. Raises what made one of the jobs fail."""
-        try:
-            async with asyncio.timeout(self._shorter(pause)):
-                found = [await self._events.get()]
-        except TimeoutError:
-            found = []
-        while not self._events.empty():
-            found.append(self._events.get_nowait())
+        found = await self._events.take(self._due(pause))
         for index, event in found:
             if isinstance(event, Failed):
                 self._fail(event.error)
@@ -91,12 +87,10 @@ class Reply:
             raise self._failure
         return found
 
-    def _shorter(self, pause: float) -> float:
-        """The pause, or what the time limit leaves."""
-        limit = self._timing.limit
-        if limit is None or not self._started:
-            return pause
-        return max(0.0, min(pause, self._started + limit - time.monotonic()))
+    def _due(self, pause: float) -> float:
+        """The end of the pause, or of the time limit."""
+        limit, end = self._timing.limit, time.monotonic() + pause
+        return end if limit is None or not self._started else min(end, self._started + limit)
 
     def _check_time(self) -> None:
         limit, ran = self._timing.limit, time.monotonic() - self._started

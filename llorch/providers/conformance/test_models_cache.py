@@ -87,6 +87,18 @@ def test_a_prompt_whose_beginning_is_in_the_cache_gives_the_same_text(load: Any,
         assert_same(both, wanted, provider.batch_invariant)
 
 
+def test_prompts_that_come_at_once_share_what_the_first_of_them_computes(load: Any, provider: Any) -> None:
+    first = prompt(0, 120)
+    prompts = [first, first, [*first[:90], *prompt(1, 30)]]
+    with load(prefix_cache=False) as llm:
+        expected = [run(llm, [tokens])[0][0] for tokens in prompts]
+    with load() as llm:
+        found, _ = run(llm, prompts)
+    assert [cached(events) for events in found] == [0, 119, 90], "a copy is made while the first goes on in the block"
+    for one, wanted in zip(found, expected, strict=True):
+        assert_same(one, wanted, provider.batch_invariant)
+
+
 def test_sequences_that_are_preempted_give_the_same_text(load: Any, provider: Any) -> None:
     prompts = [prompt(10 + i, 60) for i in range(4)]
     with load() as llm:
