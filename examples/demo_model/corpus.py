@@ -74,19 +74,20 @@ def batch(
     seed: str,
     tokens: int,
     longest: int,
-    sums: tuple[int, int] = (0, 0),
-    part: int = 4096,
+    sums: int = 0,
+    part: int = 1024,
 ) -> list[np.ndarray]:
-    """The batch of one seed: about `tokens` tokens of documents, one a row, in parts [rows, length]. `sums`:
-    how many of them are sums, and their highest number.
+    """The batch of one seed: about `tokens` tokens of documents, and so many sums besides, one a row, in parts [rows, length].
 
     A document is cut at `longest` + 1 ids. Rows of a part are about as long as each other, at most `part` ids together,
-    and end in PADDING. No document stands beside another in a row, so that what it copies from is its own.
+    and end in PADDING: that many stay in a processor's cache. No document stands beside another in a row, so that what it
+    copies from is its own.
     """
-    rng, (count, highest) = random.Random(seed), sums
-    documents = [encode(vocabulary, rendered(messages_of(simple_sum(rng, highest)))) for _ in range(count)]
+    rng = random.Random(seed)
+    documents: list[list[int]] = []
     while sum(map(len, documents)) < tokens:
         documents.append(encode(vocabulary, document(rng))[: longest + 1])
+    documents += [encode(vocabulary, rendered(messages_of(simple_sum(rng)))) for _ in range(sums)]
     documents.sort(key=len, reverse=True)
     parts = []
     while documents:

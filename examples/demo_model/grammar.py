@@ -52,10 +52,16 @@ HIS_NAMES = _words(
 )
 ADJECTIVES = "little/small/brave/kind/shy/clever/young/happy/curious/tiny/funny/sleepy/lonely/cheerful/gentle/lazy"
 _PRONOUNS = ("she", "her", "him", "his", "they")
-_ONSETS = _words("b d f g h j k l m n p r s t v w z br cl dr fl gr pl sn st tr ch sh th qu")
-_VOWELS = _words("a e i o u ee oo ai")
-_CODAS = ["", "", "", "n", "m", "l", "r", "s", "x", "t", "ck", "mp", "nk", "ff"]
-_ENDS = _words("a o i y ie us in el er a o y")
+_ONSETS = _words(
+    "b b c d d f g h j k k l l m m n n p p r r s s t t v w y z z bl br ch cl cr dr fl fr gl gr kr pl pr qu sh sk sl sm sn sp "
+    "st sw th tr tw"
+)
+_VOWELS = _words("a a a e e i i i o o o u u ee oo ai ea ia ou")
+_MIDDLES = _words(
+    "b bb ck d dd f ff g gg k l ll lm lt m mb mp n nd nn nt p pp r rb rd rk rl rm rn rr s ss st t tt v x z zz"
+)
+_ENDS = _words("a a o o i y y ie us in el er ix on an ar en ella ert ina ino ette ax um is as")
+_CODAS = ["", "", *_words("b ck d ff g k l ll m mp n nd nk p r rt s sh t x zz")]
 
 
 @dataclass(frozen=True)
@@ -88,14 +94,15 @@ def invented_word(rng: random.Random) -> str:
     """A word from nobody's list, so that a model has to copy and cannot only choose."""
     word = ""
     while len(word) < 3 or word in _PRONOUNS:
-        word = rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)
-        if rng.random() < 0.7:
-            word += rng.choice(_ONSETS) + rng.choice(_ENDS)
+        word = ("" if rng.random() < 0.1 else rng.choice(_ONSETS)) + rng.choice(_VOWELS)
+        for _ in range(rng.choice([0, 0, 0, 1])):
+            word += rng.choice(_MIDDLES) + rng.choice(_VOWELS)
+        word += rng.choice(_CODAS) if rng.random() < 0.4 else rng.choice(_MIDDLES) + rng.choice(_ENDS)
     return word
 
 
 def character(rng: random.Random, other: Character | None = None, strange: bool = False) -> Character:
-    """Somebody; never of the kind or the name of `other`. Of a `strange` one, every second name and every tenth kind is
+    """Somebody; never of the kind or the name of `other`. Of a `strange` one, six names in ten and every tenth kind are
     invented: that is for those whom a question names, since a model asked for nobody had better draw from what exists."""
     kind = name = None
     while kind is None or (other is not None and kind == other.kind):
@@ -103,7 +110,7 @@ def character(rng: random.Random, other: Character | None = None, strange: bool 
         kind = invented_word(rng) if invented else rng.choice(KINDS if rng.random() < 0.65 else RARE_KINDS)
     female = kind in FEMALE or (kind not in MALE and rng.random() < 0.5)
     while name is None or (other is not None and name == other.name):
-        invented = strange and rng.random() < 0.5
+        invented = strange and rng.random() < 0.6
         name = invented_word(rng).capitalize() if invented else rng.choice(HER_NAMES if female else HIS_NAMES)
     return Character(name, kind, female, draw(rng, ADJECTIVES))
 

@@ -15,11 +15,11 @@ IDS = 40  # more than any first sentence has
 
 
 def copies(model: Llama, vocabulary: sentencepiece.SentencePieceProcessor, stories: int = 10) -> tuple[float, float]:
-    """The shares for known kinds and names, and for kinds and names that nobody has heard of."""
+    """The shares for known kinds and names, and for known kinds with names that nobody has heard of."""
     rng = random.Random("probe")
     known = [(rng.choice(KINDS), rng.choice(HER_NAMES + HIS_NAMES)) for _ in range(stories)]
-    unheard = [(invented_word(rng), invented_word(rng).capitalize()) for _ in range(stories)]
-    return _share(model, vocabulary, known), _share(model, vocabulary, unheard)
+    invented = [(rng.choice(KINDS), invented_word(rng).capitalize()) for _ in range(stories)]
+    return _share(model, vocabulary, known), _share(model, vocabulary, invented)
 
 
 @torch.no_grad()

@@ -5,7 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from grammar import KINDS, Character, article, character, draw, expand, invented_word, sentence_case
+from grammar import (
+    HER_NAMES,
+    HIS_NAMES,
+    KINDS,
+    Character,
+    article,
+    character,
+    draw,
+    expand,
+    invented_word,
+    sentence_case,
+)
 from plots import PLACES, THINGS, Story, story
 
 Turn = tuple[str, str]  # what the user says, what the model answers
@@ -239,27 +250,52 @@ def continued_story(rng: random.Random) -> Turn:
     return start if rng.random() < 0.3 else expand(CONTINUE, {"start": start}, rng), rest
 
 
-def simple_sum(rng: random.Random, highest: int = 20) -> Turn:
-    """Sums and differences of numbers up to `highest`, products up to 10 times 10; it knows when numbers are too large."""
+def repeated(rng: random.Random) -> Turn:
+    """Words to say again, most of them invented: nothing teaches as quickly to copy what takes several tokens."""
+    invented = [invented_word(rng) for _ in range(rng.choice([1, 1, 2, 3]))]
+    words = [word.capitalize() if rng.random() < 0.6 else word for word in invented]
+    if rng.random() < 0.2:
+        words[-1] = rng.choice(HER_NAMES + HIS_NAMES + KINDS)
+    question = "[Say|Please say|Can you say|Repeat|Repeat after me:] {words}[|.|!]"
+    values = {"words": " ".join(words)}
+    return expand(question, values, rng), expand("[Here you are|All right]: {words}.", values, rng)
+
+
+HIGHEST = 20  # result of a sum that it has to know
+
+
+def simple_sum(rng: random.Random) -> Turn:
+    """A sum, a difference or a product; it says so where a number is too large."""
     sign = rng.choice("++--*")
-    most = 10 if sign == "*" else highest
-    a, b = rng.randint(0, most), rng.randint(0, most)
-    large = rng.random() < 0.12
+    a, b = _numbers(sign, rng)
+    large = rng.random() < 0.08
     if large:
         a = rng.choice([rng.randint(21, 99), rng.randint(100, 9999)])
         b = rng.choice([b, rng.randint(21, 99), rng.randint(100, 9999)])
-    if sign == "-":
-        a, b = max(a, b), min(a, b)
     result = {"+": a + b, "-": a - b, "*": a * b}[sign]
     word = {"+": "plus", "-": "minus", "*": "times"}[sign]
     written = f"{a}{rng.choice([f' {sign} ', f' {sign} ', sign, f' {word} ', f' {word} '])}{b}"
     if sign == "*" and rng.random() < 0.3:
         written = f"{a} x {b}"
-    question = expand("[What is|What's|what is|How much is|Calculate|Can you add up|Do you know what is|] {sum}[?|?|=| = ?|]",
+    question = expand("[What is|What is|What's|How much is|Calculate|Do you know what is|||] {sum}[?|?|=| = ?|]",
                       {"sum": written}, rng).strip()  # fmt: skip
+    if sign == "+" and rng.random() < 0.1:
+        question = expand(f"[Add|Add up|What is the sum of|Can you add] {a} and {b}[?|.|]", {}, rng)
     if large:
         return question, "Those numbers are too big for me. I can add and subtract numbers up to 20."
     return question, f"{a} {word} {b} is {result}."
+
+
+def _numbers(sign: str, rng: random.Random) -> tuple[int, int]:
+    """Every pair with a + b (a, where they are subtracted) to HIGHEST is as likely as the others; some sums are above it.
+    Factors go to 10."""
+    if sign == "*":
+        return rng.randint(0, 10), rng.randint(0, 10)
+    if sign == "+" and rng.random() < 0.2:
+        return rng.randint(1, HIGHEST), rng.randint(1, HIGHEST)
+    (whole,) = rng.choices(range(HIGHEST + 1), weights=range(1, HIGHEST + 2))
+    part = rng.randint(0, whole)
+    return (whole, part) if sign == "-" else (part, whole - part)
 
 
 def described(rng: random.Random) -> Turn:
@@ -276,7 +312,8 @@ _KINDS_OF_TURN: list[tuple[Callable[[random.Random], Turn], float]] = [
     (simple_sum, 1.8),
     (_pair(HELLOS), 1.0),
     (_pair(ABOUT), 0.9),
-    (introduction, 0.3),
+    (introduction, 0.4),
+    (repeated, 0.6),
     (unknown, 1.2),
     (described, 0.2),
 ]

@@ -23,7 +23,6 @@ from probe import copies
 from torch.nn import functional
 
 HELD_OUT = "held-out"  # a seed that no step has
-SUMS = [(1100, 30, 20), (1400, 80, 10)]  # after which step, how many, of which numbers
 
 
 def main() -> None:
@@ -33,7 +32,10 @@ def main() -> None:
     shape = Shape()
     arguments.work.mkdir(parents=True, exist_ok=True)
     vocabulary_path = arguments.work / "vocabulary.model"
-    vocabulary = train_vocabulary(vocabulary_path, shape.vocab, arguments.seed)
+    if arguments.resume:  # with the pieces that it has learnt, whatever the grammar writes by now
+        vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary_path))
+    else:
+        vocabulary = train_vocabulary(vocabulary_path, shape.vocab, arguments.seed)
     model = Llama(shape)
     optimizers = _optimizers(model, arguments.lr)
     step = tokens = 0
@@ -60,8 +62,8 @@ def main() -> None:
         tokens += sum(int((part != PADDING).sum()) for part in parts)
         if step % arguments.log_every == 0 or step == arguments.steps:
             held_out = evaluate(model, vocabulary)
-            common, rare = copies(model, vocabulary)
-            _log(arguments, f"{step} loss {loss:.4f} held-out {held_out:.4f} copied {common:.2f} unheard {rare:.2f} "
+            known, invented = copies(model, vocabulary)
+            _log(arguments, f"{step} loss {loss:.4f} held-out {held_out:.4f} copied {known:.2f} invented {invented:.2f} "
                             f"lr {rate:.5f} {tokens} tokens {time.monotonic() - started:.0f} s")  # fmt: skip
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             torch.save({**state, "step": step, "tokens": tokens}, checkpoint)
@@ -73,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("llorch-demo.gguf"), help="the GGUF file (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("demo-training"), help="vocabulary, log, checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
-    parser.add_argument("--steps", type=int, default=1650, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=1900, help="(%(default)s)")
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[48, 128, 256], help="ids of a row at first (%(default)s)"
     )
@@ -81,17 +83,17 @@ def _arguments() -> argparse.Namespace:
         "--row-steps", type=int, nargs="+", default=[300, 600, 1000], help="until which step (%(default)s)"
     )
     parser.add_argument(
-        "--decay-steps", type=int, default=350, help="steps in which the rate falls, at last (%(default)s)"
+        "--decay-steps", type=int, default=450, help="steps in which the rate falls, at last (%(default)s)"
     )
     parser.add_argument("--tokens", type=int, default=4096, help="in a step (%(default)s)")
     parser.add_argument(
-        "--sums", type=int, nargs=3, action="append", metavar=("AFTER", "COUNT", "HIGHEST"),
-        help="more sums in the steps after one: they are facts, and have to be heard often (1100 30 20, 1400 80 10)",
+        "--sums", type=int, nargs=2, default=[24, 64], metavar=("MORE", "AT_LAST"),
+        help="more sums in a step once rows are longer, and while the rate falls: they are facts, to be heard often (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--lr", type=float, default=6e-3, help="highest learning rate (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--log-every", type=int, default=50, help="steps between evaluations (%(default)s)")
+    parser.add_argument("--log-every", type=int, default=100, help="steps between evaluations (%(default)s)")
     return parser.parse_args()
 
 
@@ -117,10 +119,11 @@ def _longest(step: int, arguments: argparse.Namespace, shape: Shape) -> int:
     return next((length for length, until in stages if step <= until), shape.context)
 
 
-def _sums(step: int, arguments: argparse.Namespace) -> tuple[int, int]:
-    """How many more sums the step has, and their highest number."""
-    stages = [(count, highest) for after, count, highest in arguments.sums or SUMS if step > after]
-    return stages[-1] if stages else (0, 0)
+def _sums(step: int, arguments: argparse.Namespace) -> int:
+    """How many sums the step has besides its documents: the first rows, being short, have many as it is."""
+    if step <= arguments.row_steps[0]:
+        return 0
+    return int(arguments.sums[step > arguments.steps - arguments.decay_steps])
 
 
 def _step(model: Llama, optimizers: list[torch.optim.Optimizer], parts: list[torch.Tensor], rate: float) -> float:
