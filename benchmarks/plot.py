@@ -31,14 +31,15 @@ def main() -> None:
     arguments = parser.parse_args()
     pyplot.rcParams["svg.hashsalt"] = "llorch"  # the same figures make the same file
     draw = {"comparison": _comparison, "roofline": _roofline}[arguments.picture]
-    draw([path.read_text() for path in arguments.results])
+    results = [json.loads(path.read_text()) for path in arguments.results]
+    draw(sorted(results, key=lambda result: result["bytes_per_token"]))
     pyplot.savefig(arguments.out, metadata={"Date": None})
 
 
-def _comparison(texts: list[str]) -> None:
+def _comparison(models: list[dict[str, Any]]) -> None:
     """A row of panels for each shape of model, prefill and decode."""
     shapes: dict[str, list[dict[str, Any]]] = {}
-    for result in map(json.loads, texts):
+    for result in models:
         shapes.setdefault(result["model"].partition("-")[0], []).append(result)
     size = {"figsize": (10, 3.4 * len(shapes)), "layout": "constrained", "squeeze": False}
     _, panels = pyplot.subplots(len(shapes), 2, **size)
@@ -65,13 +66,12 @@ def _bars(panel: Any, results: list[dict[str, Any]], what: str) -> None:
     panel.legend()
 
 
-def _roofline(texts: list[str]) -> None:
+def _roofline(results: list[dict[str, Any]]) -> None:
     """Operations a second over operations a byte of weights (Williams, Waterman and Patterson, 2009), of whole models.
 
     A weight is multiplied and added once a token; a step reads the matrices once. The ridge is at the fastest prefill.
     """
     _, panel = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    results = [json.loads(text) for text in texts]
     colours = {name: pyplot.colormaps["tab10"](i) for i, name in enumerate(dict.fromkeys(_type(r) for r in results))}
     speeds, places = [], []
     for result in results:

@@ -19,6 +19,7 @@ depend on the rows and tokens beside it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -196,13 +197,16 @@ class _Kernel:
         b, form = self.b, self.form
         x = b.add(x, scaled(b, block, self.tokens * self.record))
         per_segment, lines = form.segment // 4, -(-form.unit_bytes // VECTOR // form.blocks)  # a block's share
+        step = self.tokens if form.segment == BLOCK else min(self.tokens, 4)  # more would wait for registers
         quants = []
         for base in bases:
             self._prefetch(b.add(base, scaled(b, block, VECTOR * lines)), lines)
             quants.append(self._unpack(b.add(at(b, base, form.blocks_at), scaled(b, block, form.bits * VECTOR))))
         for s in range(BLOCK // form.segment):
             scales = [self._scale(base, block, s, half) for base, half in zip(bases, halves, strict=True)]
-            self._segment(x, s, range(s * per_segment, (s + 1) * per_segment), quants, scales)
+            part = range(s * per_segment, (s + 1) * per_segment)
+            for first in range(0, self.tokens, step):
+                self._segment(x, s, part, quants, scales, range(first, first + step))
 
     def _segment(
         self,
@@ -211,29 +215,33 @@ class _Kernel:
         part: range,
         quants: list[list[ir.Value]],
         scales: list[tuple[ir.Value, ir.Value | None]],
+        tokens: range,
     ) -> None:
         """Vector by vector for all tokens and groups: a sum waits for its last dot, others fill that time."""
         b, form, host = self.b, self.form, self.host
         element, zero = (I32, constant(I32x16, 0)) if host.rounds else (F32, constant(F32x16, 0.0))
-        records = [at(b, x, t * self.record) for t in range(self.tokens)]
+        records = [at(b, x, t * self.record) for t in tokens]
         corrections = [at(b, record, (BLOCK + 4 if host.rounds else 4 * BLOCK) + 4 * s) for record in records]
         start = [splat(b, load(b, c, element, 4), 16) if host.offset(form) else zero for c in corrections]
-        totals = [list(start) for _ in range(self.groups)]
-        for k in part:
+        # whole numbers may be added in any order: a single sum in two parts has two dots at hand
+        parts = 2 if self.tokens * self.groups == 1 and host.rounds else 1
+        totals = [[[first, *[zero] * (parts - 1)] for first in start] for _ in range(self.groups)]
+        for i, k in enumerate(part):
             for t, record in enumerate(records):
                 four = host.four(b, record, k)
                 for g in range(self.groups):
-                    totals[g][t] = host.dot(b, totals[g][t], quants[g][k], four, form.wide)
+                    sums = totals[g][t]
+                    sums[i % parts] = host.dot(b, sums[i % parts], quants[g][k], four, form.wide)
         for t, record in enumerate(records):
             x_scale = splat(b, load(b, at(b, record, BLOCK), F32, 4), 16) if host.rounds else None
             x_sum = splat(b, load(b, corrections[t], F32, 4), 16) if form.minima else None
             for g, (scale, minimum) in enumerate(scales):
-                total = totals[g][t]
+                total = functools.reduce(b.add, totals[g][t])
                 if host.rounds:
                     total, scale = b.sitofp(total, F32x16), b.fmul(scale, x_scale)
-                self._add(g, t, total, scale)
+                self._add(g, tokens[t], total, scale)
                 if minimum is not None:
-                    self._add(g, t, minimum, x_sum)
+                    self._add(g, tokens[t], minimum, x_sum)
 
     def _unpack(self, address: ir.Value) -> list[ir.Value]:
         """The eight vectors of a block's quants, gathered from its planes."""
