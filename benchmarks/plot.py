@@ -63,7 +63,8 @@ def _bars(panel: Any, results: list[dict[str, Any]], what: str) -> None:
             panel.hlines(result["limit_tokens_per_second"], place - WIDTH, place + WIDTH, RED, "dashed", label=label)
     names = [_type(result) for result in results]
     panel.set_xticks(range(len(names)), names)
-    panel.legend()
+    panel.margins(y=0.3)  # above the bars there is room for the legend
+    panel.legend(loc="upper right", fontsize="small", ncols=2)
 
 
 def _roofline(results: list[dict[str, Any]]) -> None:
