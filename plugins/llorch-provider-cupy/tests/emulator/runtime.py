@@ -105,6 +105,9 @@ class HostRuntime:
                 return memory[at : at + nbytes]
         raise EmulatorError(f"{nbytes} bytes at {address:#x} are not the device's")
 
+    def _holds(self, address: int) -> bool:
+        return any(start <= address < start + size for start, (size, _) in self.allocated.items())
+
     def check(self, address: int) -> None:
         """The guards around what lies at an address."""
         for start, (size, memory) in self.allocated.items():
@@ -164,7 +167,8 @@ class HostRuntime:
         if error:
             raise EmulatorError(f"{function.name}: {error.decode()}")
         for value in values:
-            if value.dtype == np.uint64 and value[0] >= 1 << 32:
+            # a count otherwise; some builds of Python have their memory at addresses that small
+            if value.dtype == np.uint64 and (value[0] >= 1 << 32 or self._holds(int(value[0]))):
                 self.check(int(value[0]))
 
     # ---- products ----
