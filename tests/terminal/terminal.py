@@ -61,8 +61,8 @@ class Terminal:
         os.write(self._terminal, keys.encode())
 
     def interrupt_prompt(self) -> None:
-        """Ctrl-C while the prompt waits. Python's readline sees a signal only while it waits for a key; one that comes a
-        moment earlier is held until the next key, which then is one that means nothing."""
+        """Ctrl-C while the prompt waits. Python's readline sees a signal only while it waits for a key; one that comes
+        a moment earlier is held until the next key, which then is one that means nothing."""
         time.sleep(0.5)
         self.type(CTRL_C)
         before, deadline = len(self.raw), time.monotonic() + 2
