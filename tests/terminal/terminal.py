@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from tests.support import shared
 
-CTRL_C, CTRL_D, CTRL_U, UP, TAB = "\x03", "\x04", "\x15", "\x1b[A", "\t"
+CTRL_C, CTRL_D, UP, TAB = "\x03", "\x04", "\x1b[A", "\t"
 SECONDS = 30.0
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\r")
 
@@ -61,17 +62,10 @@ class Terminal:
         os.write(self._terminal, keys.encode())
 
     def interrupt_prompt(self) -> None:
-        """Ctrl-C while the prompt waits. Python's readline sees a signal only while it waits for a key; one that comes
-        a moment earlier is held until the next key, which then is one that means nothing."""
+        """Ctrl-C while the prompt waits. Python's readline sees a signal only once it waits for a key, which it does a
+        moment after the prompt is shown: one that comes in between is held until the next key."""
         time.sleep(0.5)
         self.type(CTRL_C)
-        before, deadline = len(self.raw), time.monotonic() + 2
-        while len(self.raw) == before:
-            if not self._read(0.1):
-                return
-            if time.monotonic() > deadline:
-                self.type(CTRL_U)
-                return
 
     def expect(self, text: str) -> None:
         """Waits until the text is shown, after what was expected before."""
@@ -110,6 +104,9 @@ class Terminal:
 
 def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # tests that a script started in the background inherit that it is ignored
 
 
 def llorch(folder: Path, *arguments: str, env: Mapping[str, str] | None = None, columns: int = 80) -> Terminal:
