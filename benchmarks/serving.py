@@ -34,6 +34,7 @@ from typing import Any
 PROMPT_TOKENS, WARMUP_TOKENS = 16, 8
 SHARED, OWN = 1000, 20
 LONG, STREAMS = 2000, 8
+EOS, BYTES = 2, range(3, 259)  # in any Llama vocabulary; the text of a byte waits for the rest of its character
 
 
 def main() -> None:
@@ -105,7 +106,7 @@ class Client:
     port: int
     prompt: list[int]
     tokens: int
-    endless: bool = False  # noise must not end itself; whole rows of logits are read for that
+    endless: bool = False  # noise must not end itself, nor hold back text; whole rows of logits are read for that
     times: list[float] = field(default_factory=list)
     sent: float = 0.0
     count: int = 0
@@ -115,7 +116,7 @@ class Client:
         body = {"prompt": self.prompt, "max_tokens": self.tokens, "temperature": 0, "stream": True}
         body |= {"stream_options": {"include_usage": True}}
         if self.endless:
-            body["logit_bias"] = {"2": -100}
+            body["logit_bias"] = {str(token): -100 for token in (EOS, *BYTES)}
         content = json.dumps(body).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(content)}"
