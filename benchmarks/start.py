@@ -62,18 +62,9 @@ def _load(arguments: argparse.Namespace) -> tuple[float, float]:
 
 
 def _seconds_to_readiness(arguments: argparse.Namespace) -> float:
-    command = [sys.executable, "-m", "llorch", "serve", "--model", str(arguments.model), "--provider"]
-    command += [
-        arguments.provider,
-        "--port",
-        "0",
-        "--log-format",
-        "json",
-        "--parallel",
-        "1",
-        "--context",
-        str(arguments.context),
-    ]
+    command = [sys.executable, "-m", "llorch", "serve", "--model", str(arguments.model), "--port", "0"]
+    command += ["--provider", arguments.provider, "--context", str(arguments.context), "--parallel", "1"]
+    command += ["--log-format", "json"]
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

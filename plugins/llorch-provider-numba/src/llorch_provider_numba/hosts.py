@@ -55,7 +55,9 @@ class Host:
     signed_bytes: bool  # whether quants of 8 bits may be negative; else they come 128 larger
     lookup: Callable[[ir.IRBuilder, tuple[int, ...], ir.Value], ir.Value]
     tiles: tuple[int, ...] = (4, 2, 1)  # tokens whose sums fit in registers, largest first
-    groups: tuple[int, ...] = (1, 2, 1)  # of rows, that a tile of quantised weights takes side by side
+    # groups of rows that each takes side by side, of quantised weights; of one token a single one, which is then read in
+    # a row, as memory likes best
+    groups: tuple[int, ...] = (1, 2, 1)
     rounds: bool = True
 
     def four(self, b: ir.IRBuilder, x: ir.Value, k: int) -> ir.Value:
