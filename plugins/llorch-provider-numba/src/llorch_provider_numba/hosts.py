@@ -55,8 +55,8 @@ class Host:
     signed_bytes: bool  # whether quants of 8 bits may be negative; else they come 128 larger
     lookup: Callable[[ir.IRBuilder, tuple[int, ...], ir.Value], ir.Value]
     tiles: tuple[int, ...] = (4, 2, 1)  # tokens whose sums fit in registers, largest first
-    # groups of rows that each takes side by side, of quantised weights; of one token a single one, which is then read in
-    # a row, as memory likes best
+    # groups of rows that each takes side by side, of quantised weights; one token takes a single one, whose bytes are
+    # then read in a row, as memory likes best
     groups: tuple[int, ...] = (1, 2, 1)
     rounds: bool = True
 
