@@ -16,8 +16,8 @@ from swagger_ui_bundle import swagger_ui_path
 
 import llorch
 from llorch.http.auth import OPEN_PATHS
-from llorch.http.bodies import Field
 from llorch.http.errors import dump_json
+from llorch.http.fields import Field
 
 ASSETS = "/docs/assets"
 SECURITY_POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"

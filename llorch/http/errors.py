@@ -12,7 +12,7 @@ from litestar.exceptions import HTTPException
 from litestar.types import ExceptionHandlersMap, Send
 
 from llorch.errors import LlorchError
-from llorch.http.bodies import BodyError
+from llorch.http.fields import BodyError
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -22,7 +22,8 @@ from llorch.errors import (
     LlorchError,
     QueueFullError,
 )
-from llorch.http.bodies import BodyError, ExecuteBody, Violation, execute_fields, parse_body
+from llorch.http.bodies import ExecuteBody, execute_fields
+from llorch.http.fields import BodyError, Violation, parse_body
 from llorch.http.inbox import Inbox
 from llorch.http.job import Deliver, Job, Mailbox
 from llorch.http.metrics import Metrics

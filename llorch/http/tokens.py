@@ -11,8 +11,8 @@ from typing import Any
 from litestar import MediaType, Request, Response, post
 
 from llorch.core.tokenizer import Tokenizer
-from llorch.http.bodies import MAX_REPORTED, BodyError, Field, Violation, is_unicode, kind_of, parse_body
 from llorch.http.errors import dump_json
+from llorch.http.fields import MAX_REPORTED, BodyError, Field, Violation, is_unicode, kind_of, parse_body
 from llorch.http.openai.fields import Flag
 from llorch.http.service import Worker
 from llorch.http.worker import INVALID, TOO_LARGE, ErrorBody, read_body, spec

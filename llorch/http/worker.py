@@ -14,8 +14,9 @@ from litestar.types import ASGIApp
 from llorch.core.llm import LLM
 from llorch.errors import CancelledError
 from llorch.http.auth import key_of
-from llorch.http.bodies import CANCEL_FIELDS, parse_body
+from llorch.http.bodies import CANCEL_FIELDS
 from llorch.http.errors import RETRY_AFTER_SECONDS
+from llorch.http.fields import parse_body
 from llorch.http.service import Worker
 
 EVENTS = """event: started

@@ -8,7 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 from llorch.core.requests import SamplingParams
-from llorch.http.bodies import PRIORITY, BodyError, Field, Integer, Number, Text, Violation, parse_body
+from llorch.http.bodies import PRIORITY, sampling_fields
+from llorch.http.fields import BodyError, Field, Integer, Number, Text, Violation, parse_body
 from llorch.http.openai.fields import Flag, LogitBias, Messages, Prompt, Stop, StreamOptions, Unsupported, Variables
 
 MAX_CHOICES = 128
@@ -75,32 +76,7 @@ def _common(bounds: Bounds) -> tuple[Field, ...]:
             high=2**64 - 1,
             description="Seed of the random draws, taken modulo 2^64; drawn by default.",
         ),
-        Number(name="temperature", low=0.0, high=2.0, default=1.0, description="0 always takes the most likely token."),
-        Number(
-            name="top_p", low=0.0, high=1.0, default=1.0, description="Keeps the most likely tokens up to this mass."
-        ),
-        Integer(
-            name="top_k",
-            low=0,
-            high=bounds.vocab_size,
-            default=0,
-            description="Keeps this many most likely tokens; 0 keeps all.",
-        ),
-        Number(
-            name="min_p",
-            low=0.0,
-            high=1.0,
-            default=0.0,
-            description="Drops tokens less likely than this share of the best.",
-        ),
-        Number(
-            name="repetition_penalty",
-            low=0.0,
-            high=2.0,
-            zero_refused=True,
-            default=1.0,
-            description="Divides (or multiplies) the logits of the last 64 tokens; 1 is off, 0 is refused.",
-        ),
+        *sampling_fields(bounds.vocab_size),
         Number(
             name="frequency_penalty",
             low=-2.0,

@@ -10,8 +10,8 @@ from litestar.exceptions import HTTPException
 from litestar.types import ExceptionHandler, ExceptionHandlersMap
 
 from llorch.errors import ChatTemplateError, ContextOverflowError, LlorchError, RequestError
-from llorch.http.bodies import BodyError
 from llorch.http.errors import HTTP_CODES, RETRY_AFTER_SECONDS, STATUS, http_message, json_response
+from llorch.http.fields import BodyError
 
 log = structlog.stdlib.get_logger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llorch.http.bodies import Field, Text, Texts, Violation, is_unicode, kind_of
+from llorch.http.fields import Field, Text, Texts, Violation, is_unicode, kind_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 10_000

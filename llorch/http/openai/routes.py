@@ -94,6 +94,17 @@ LEFT = spec(OpenAIError, "cancelled: the request was cancelled.")
 FAILED = spec(OpenAIError, "internal: the worker's log has the details.")
 OUT_OF_TIME = spec(OpenAIError, "inference_timeout: the answer took longer than the worker allows.")
 UNAVAILABLE = spec(OpenAIError, "queue_full or worker_unhealthy, with the header Retry-After.")
+GENERATION = {
+    200: spec(str, "The completion as JSON, or its chunks.", "text/event-stream", CHUNKS),
+    400: INVALID,
+    404: NO_MODEL,
+    408: TOO_SLOW,
+    413: TOO_LARGE,
+    499: LEFT,
+    500: FAILED,
+    503: UNAVAILABLE,
+    504: OUT_OF_TIME,
+}
 
 
 @post(
@@ -105,17 +116,7 @@ UNAVAILABLE = spec(OpenAIError, "queue_full or worker_unhealthy, with the header
     description="The messages are rendered with the model's chat template. Control tokens in them are plain text. "
     "With `stream` the answer comes as server-sent events that end with `[DONE]`. Unknown fields are passed over; null "
     "is as good as absent. Hanging up cancels the request.",
-    responses={
-        200: spec(str, "The completion as JSON, or its chunks.", "text/event-stream", CHUNKS),
-        400: INVALID,
-        404: NO_MODEL,
-        408: TOO_SLOW,
-        413: TOO_LARGE,
-        499: LEFT,
-        500: FAILED,
-        503: UNAVAILABLE,
-        504: OUT_OF_TIME,
-    },
+    responses=GENERATION,
 )
 async def chat_completions(request: Request[Any, Any, Any], completions: Completions) -> ASGIApp:
     return await completions.chat(await read_body(request), key_of(request.scope))
@@ -129,17 +130,7 @@ async def chat_completions(request: Request[Any, Any, Any], completions: Complet
     summary="Continue a prompt",
     description="The prompt is text as the model is to see it, rendered by the client: control tokens in it are "
     "parsed, and BOS is added where the vocabulary asks for it and the text does not begin with it.",
-    responses={
-        200: spec(str, "The completion as JSON, or its chunks.", "text/event-stream", CHUNKS),
-        400: INVALID,
-        404: NO_MODEL,
-        408: TOO_SLOW,
-        413: TOO_LARGE,
-        499: LEFT,
-        500: FAILED,
-        503: UNAVAILABLE,
-        504: OUT_OF_TIME,
-    },
+    responses=GENERATION,
 )
 async def text_completions(request: Request[Any, Any, Any], completions: Completions) -> ASGIApp:
     return await completions.complete(await read_body(request), key_of(request.scope))
