@@ -27,7 +27,7 @@ from llorch.demo import DEMO_MODEL
 from llorch.providers import AttentionSpec, HostWeight, RopeSpec
 from llorch.providers.conformance import oracle
 from llorch.providers.conformance.rig import EXACT, Rig
-from tests.parity.twin import rewrite
+from tests.gguf_copy import rewrite
 from tests.support import ROOT, shared
 
 ROUNDED_NODE, ROUNDED_LOGITS = 5e-4, 1e-3  # NMSE, of providers that round activations to int8

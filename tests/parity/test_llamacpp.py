@@ -22,9 +22,9 @@ import llorch
 from llorch.core.config import ModelConfig
 from llorch.core.models import llama
 from llorch.core.plan import Rotation
+from tests.gguf_copy import rewrite
 from tests.parity import llamacpp
 from tests.parity.llamacpp import LlamaCpp
-from tests.parity.twin import rewrite
 from tests.support import shared, synthetic
 
 QUANTS = ("F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")
@@ -196,7 +196,7 @@ def test_models_give_50_distinct_tokens(cases, quant) -> None:
 @contextmanager
 def wrong_eps(path: Path) -> Iterator[llorch.LLM]:
     """By the metadata, as in a file whose epsilon was read wrongly."""
-    other = rewrite(path, path.with_suffix(".eps.gguf"), metadata={"llama.attention.layer_norm_rms_epsilon": 1e-3})
+    other = rewrite(path, path.with_suffix(".eps.gguf"), fields={"llama.attention.layer_norm_rms_epsilon": 1e-3})
     with load(other) as llm:
         yield llm
 

@@ -12,13 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 
 import llorch
 from llorch.providers.conformance.models import OracleModel, TinyModel, write_model
 from llorch.providers.conformance.rig import Rig
+from tests.gguf_copy import rewrite
 from tests.parity.llamacpp import LlamaCpp
 from tests.parity.test_llamacpp import QUANTISED_NMSE, TWIN_NMSE, assert_logits
 
@@ -72,24 +72,8 @@ CASES = {
 
 def write(scaled: Scaled, path: Path) -> Path:
     """MODEL with this scaling."""
-    reader = gguf.GGUFReader(write_model(MODEL, path.with_suffix(".plain.gguf")))
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, found in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            sub_type = found.types[-1] if found.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, found.contents(), found.types[0], sub_type)
-    for key, value in scaled.fields.items():
-        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-        add(f"llama.{key}", value)
-    for name, values in scaled.tensors.items():
-        writer.add_tensor(name, values)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    plain = write_model(MODEL, path.with_suffix(".plain.gguf"))
+    return rewrite(plain, path, fields={f"llama.{k}": v for k, v in scaled.fields.items()}, tensors=scaled.tensors)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from llorch.core.finite import first_not_finite
 from llorch.core.quant import DEQUANTIZABLE, dequantize
 from llorch.providers.conformance.models import TinyModel, write_model
 from llorch.providers.conformance.rig import Rig
+from tests.gguf_copy import rewrite
 from tests.parity.test_llamacpp import QUANTISED_NMSE, TWIN_NMSE, assert_logits
-from tests.parity.twin import rewrite
 
 TYPES = sorted(DEQUANTIZABLE)
 PROMPT = [1, *np.random.default_rng(5).integers(3, 300, 20).tolist()]

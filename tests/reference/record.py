@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 import llorch
+from tests.gguf_copy import rewrite
 from tests.parity.llamacpp import LlamaCpp, library
-from tests.parity.twin import rewrite
 
 DTYPES = {0: np.float32, 1: np.float16, 26: np.int32}  # ggml_type
 MOVES = ("VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "CONT", "CPY")  # they compute nothing

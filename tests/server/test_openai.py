@@ -13,9 +13,9 @@ import openai
 import pytest
 
 import llorch
+from tests.gguf_copy import rewrite
 from tests.server.conftest import Start
 from tests.server.process import Server, eventually, run
-from tests.support import with_metadata
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 MODEL = "stories260K"
@@ -27,7 +27,7 @@ GREEDY: Any = {"model": MODEL, "temperature": 0, "max_tokens": 8}
 def chatty(start: Start, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
     """A model with a chat template in its file."""
     path = tmp_path_factory.mktemp("chat") / "chatty.gguf"
-    model = with_metadata(stories, path, tokenizer__chat_template=TEMPLATE)
+    model = rewrite(stories, path, fields={"tokenizer.chat_template": TEMPLATE})
     return start("--keep-alive", "0.2", model=model, env={"LLORCH_API_KEY": "key"}).wait_healthy()
 
 

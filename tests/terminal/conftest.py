@@ -10,8 +10,8 @@ import pytest
 
 import llorch
 from llorch import LLM
+from tests.gguf_copy import rewrite
 from tests.server.scripted import SPACE, write_model
-from tests.support import with_metadata
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 
@@ -28,7 +28,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that answers `na no na no ...` until its context of 512 is full."""
     folder = tmp_path_factory.mktemp("endless")
     plain = write_model(folder / "plain.gguf", [">", f"{SPACE}na", f"{SPACE}no", f"{SPACE}na"])
-    return with_metadata(plain, folder / "endless.gguf", tokenizer__chat_template=TEMPLATE)
+    return rewrite(plain, folder / "endless.gguf", fields={"tokenizer.chat_template": TEMPLATE})
 
 
 @pytest.fixture(scope="session")

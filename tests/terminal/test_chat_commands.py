@@ -16,7 +16,8 @@ from llorch.commands._chat_commands import COMMANDS, SETTABLE, complete
 from llorch.demo import DEMO_MODEL
 from llorch.errors import ContextOverflowError, SettingsError
 from llorch.settings import parse
-from tests.support import shared, with_metadata
+from tests.gguf_copy import rewrite
+from tests.support import shared
 from tests.terminal.terminal import finished
 
 Typed = Callable[..., tuple[int, chat.ChatSession]]
@@ -224,7 +225,7 @@ def test_a_system_text_that_the_template_refuses_is_not_kept(endless: Path, tmp_
     import llorch
 
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}>"
-    model = with_metadata(endless, tmp_path / "refusing.gguf", tokenizer__chat_template=refusing)
+    model = rewrite(endless, tmp_path / "refusing.gguf", fields={"tokenizer.chat_template": refusing})
     with llorch.load(model, provider="numpy-cpu") as llm:
         conversation = _conversation.Conversation(llm)
         with pytest.raises(Exception, match="refuses these messages: no system"):

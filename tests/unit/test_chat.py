@@ -16,7 +16,8 @@ from llorch.core.chat import GUARD, Chat
 from llorch.core.gguf import GGUFFile
 from llorch.core.tokenizer import Tokenizer
 from llorch.errors import ChatTemplateError, GGUFError, InvalidRequestError, SettingsError
-from tests.support import shared, with_metadata
+from tests.gguf_copy import rewrite
+from tests.support import shared
 
 # a vocabulary of letters, marks and bytes, and special tokens whose texts get in each other's way
 CONTROL = ["<s>", "</s>", "<|a|>", "<|ab|>", "|>", "<|a|><|ab|>", "x"]
@@ -155,7 +156,7 @@ def test_a_user_can_write_no_bos(tokenizer, chat) -> None:
 
 def test_no_bos_is_added_where_the_vocabulary_wants_none(tmp_path) -> None:
     source = write_vocabulary(tmp_path / "v.gguf")
-    path = with_metadata(source, tmp_path / "w.gguf", tokenizer__ggml__add_bos_token=False)
+    path = rewrite(source, tmp_path / "w.gguf", fields={"tokenizer.ggml.add_bos_token": False})
     tokenizer = Tokenizer.from_gguf(path)
     assert tokenizer.bos_id not in tokenizer.encode_prompt("a")
     assert tokenizer.encode_prompt("<s>a")[0] == tokenizer.bos_id
@@ -163,7 +164,7 @@ def test_no_bos_is_added_where_the_vocabulary_wants_none(tmp_path) -> None:
 
 def test_no_eos_ends_a_prompt(tmp_path) -> None:
     source = write_vocabulary(tmp_path / "v.gguf")
-    tokenizer = Tokenizer.from_gguf(with_metadata(source, tmp_path / "w.gguf", tokenizer__ggml__add_eos_token=True))
+    tokenizer = Tokenizer.from_gguf(rewrite(source, tmp_path / "w.gguf", fields={"tokenizer.ggml.add_eos_token": True}))
     assert tokenizer.encode("a")[-1] == tokenizer.eos_id
     assert tokenizer.encode_prompt("a")[-1] != tokenizer.eos_id
 
@@ -240,7 +241,7 @@ def test_a_model_without_a_template_names_what_to_do(tmp_path) -> None:
 
 def test_a_template_of_a_wrong_type_is_an_error_of_the_file(tmp_path) -> None:
     source = write_vocabulary(tmp_path / "v.gguf")
-    path = with_metadata(source, tmp_path / "w.gguf", tokenizer__chat_template=True)
+    path = rewrite(source, tmp_path / "w.gguf", fields={"tokenizer.chat_template": True})
     with pytest.raises(GGUFError, match=r"tokenizer\.chat_template"):
         opened(path)
 
@@ -275,7 +276,7 @@ def test_a_chosen_template_that_cannot_be_used_is_an_error_at_load(tmp_path, con
 
 def test_a_loaded_model_answers_a_conversation(tmp_path) -> None:
     model = shared("models", "stories260K.gguf")
-    path = with_metadata(model, tmp_path / "m.gguf", tokenizer__chat_template=BARE)
+    path = rewrite(model, tmp_path / "m.gguf", fields={"tokenizer.chat_template": BARE})
     messages: list[dict[str, Any]] = user("Once upon", " a time")
     with llorch.load(path, provider="numpy-cpu") as llm, llorch.load(model, provider="numpy-cpu") as plain:
         answer = "".join(llm.generate(llm.chat.prompt(messages), max_tokens=8, temperature=0.0))

@@ -24,22 +24,8 @@ from hypothesis import strategies as st
 from llorch.core import gguf as reader
 from llorch.core.gguf import GGUFFile, TensorInfo
 from llorch.errors import GGUFError
+from tests.malformed.layout import ARRAY, BOOL, F32, I32, STRING, U32, U64, text, u32, u64
 from tests.support import shared
-
-U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
-
-
-def u32(value: int) -> bytes:
-    return struct.pack("<I", value)
-
-
-def u64(value: int) -> bytes:
-    return struct.pack("<Q", value)
-
-
-def text(value: str | bytes) -> bytes:
-    raw = value.encode() if isinstance(value, str) else value
-    return u64(len(raw)) + raw
 
 
 def field(key: str | bytes, kind: int, payload: bytes) -> bytes:

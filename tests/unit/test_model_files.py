@@ -17,6 +17,7 @@ from llorch.cli import main
 from llorch.core.model_files import choices, locate, open_model, parts_of
 from llorch.errors import GGUFError, ModelError
 from llorch.providers.conformance.models import TinyModel, write_model
+from tests.gguf_copy import copy_fields, finish
 
 TINY = TinyModel(layers=2)
 PROMPT = [1, 50, 100, 200, 7]
@@ -51,21 +52,14 @@ def split(
         path = folder / f"tiny-{number + 1:05}-of-{count:05}.gguf"
         writer = gguf.GGUFWriter(path, "llama")
         if number == 0:
-            for key, field in reader.fields.items():
-                if not key.startswith("GGUF.") and key != "general.architecture":
-                    sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-                    writer.add_key_value(key, field.contents(), field.types[0], sub_type)
+            copy_fields(reader, writer)
         writer.add_uint16("split.no", number)
         writer.add_uint16("split.count", count)
         writer.add_int32("split.tensors.count", total or len(reader.tensors))
         for tensor in reader.tensors:
             if tensor.name in names[number]:
                 writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        paths.append(path)
+        paths.append(finish(writer, path))
     return paths
 
 
