@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llorch.errors import DeviceMemoryError
 from llorch.providers.memory_limit import MemoryLimit
 from llorch.providers.spec import Tensor, Use
 
@@ -44,6 +45,14 @@ class CacheSpec:
         """Bytes of keys and values together."""
         width = {"f32": 4, "f16": 2}[self.dtype]
         return 2 * self.layers * self.kv_heads * self.head_dim * self.block_size * self.blocks * width
+
+    def require(self, free: int) -> None:
+        """Raises DeviceMemoryError where the cache takes more than so many bytes."""
+        if self.nbytes > free:
+            raise DeviceMemoryError(
+                f"a KV cache of {self.blocks * self.block_size} tokens needs {self.nbytes / 2**30:.2f} GiB, "
+                f"{free / 2**30:.2f} GiB are free: start with a smaller --context or --parallel"
+            )
 
 
 class KVCache(Protocol):

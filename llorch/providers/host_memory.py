@@ -1,13 +1,22 @@
-"""The memory that a process may still take: the machine's, or its control group's (a container's) where it is less."""
+"""Memory of the host, for providers that compute there.
+
+What a process may still take is what the machine has, or its control group (a container) where that is less.
+"""
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 
 from llorch.providers.device import MemoryInfo
+
+HUGE_PAGE = 2 << 20
 
 # Where control groups are mounted, and the files of limit, use and statistics: version 2, version 1.
 # https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
@@ -22,6 +31,25 @@ def host_memory(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
     for limit, used in _groups(mounted, own):
         total, free = min(total, limit), min(free, limit - used)
     return MemoryInfo(total=total, free=max(free, 0))
+
+
+def in_huge_pages(nbytes: int) -> npt.NDArray[Any]:
+    """Zeros, uint8, from the beginning of a page of HUGE_PAGE bytes on: in pages of 4 KiB, reading weights once a token
+    would wait for address translation."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # private: Python's default is shared memory, which Linux does not give huge pages
+        pages = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    else:  # not Linux: whatever the system gives
+        pages = mmap.mmap(-1, nbytes + HUGE_PAGE)
+    whole = np.frombuffer(pages, np.uint8)
+    skipped = -whole.ctypes.data % HUGE_PAGE
+    return whole[skipped : skipped + nbytes]
+
+
+def left_over(nbytes: int) -> int:
+    """Bytes of the last huge page of so much memory that nothing uses."""
+    return -nbytes % HUGE_PAGE if nbytes >= HUGE_PAGE else 0
 
 
 def _groups(mounted: Path, own: Path) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,6 @@ from llorch.providers import (
     Batch,
     CacheSpec,
     DeviceInfo,
-    DeviceMemoryError,
     DeviceOptions,
     EmbedSpec,
     GatherSpec,
@@ -195,12 +194,7 @@ class NumpyDevice:
         return tensor[:n]
 
     def kv_cache(self, spec: CacheSpec) -> NumpyCache:
-        free = self.memory().free
-        if spec.nbytes > free:
-            raise DeviceMemoryError(
-                f"a KV cache of {spec.blocks * spec.block_size} tokens needs {spec.nbytes / 2**30:.2f} GiB, "
-                f"{free / 2**30:.2f} GiB are free: start with a smaller --context or --parallel"
-            )
+        spec.require(self.memory().free)
         return NumpyCache(spec)
 
     def inputs(self, shapes: Mapping[str, tuple[int, ...]]) -> NumpyInputs:

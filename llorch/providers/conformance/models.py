@@ -42,6 +42,13 @@ class TinyModel:
         return self.dim // self.heads
 
 
+def layer_matrices(m: TinyModel) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of a layer's matrices."""
+    kv = m.kv_heads * m.head_dim
+    attention = {"attn_q": (m.dim, m.dim), "attn_k": (kv, m.dim), "attn_v": (kv, m.dim), "attn_output": (m.dim, m.dim)}
+    return attention | {"ffn_gate": (m.ffn, m.dim), "ffn_up": (m.ffn, m.dim), "ffn_down": (m.dim, m.ffn)}
+
+
 Tensors = dict[str, tuple[str, npt.NDArray[np.uint8], tuple[int, ...]]]  # name -> type, raw data, shape
 
 
@@ -57,7 +64,6 @@ def tensors_of(m: TinyModel) -> Tensors:
     def vector(name: str, values: npt.NDArray[np.floating]) -> None:
         made[name] = ("F32", np.ascontiguousarray(values, np.float32).view(np.uint8), values.shape)
 
-    kv = m.kv_heads * m.head_dim
     matrix("token_embd.weight", m.vocab, m.dim)
     vector("output_norm.weight", 1 + 0.1 * rng.standard_normal(m.dim))
     if not m.tied:
@@ -69,9 +75,7 @@ def tensors_of(m: TinyModel) -> Tensors:
         # a norm's weight takes the size of the random matrices behind it out again
         vector(p + "attn_norm.weight", (1 + 0.1 * rng.standard_normal(m.dim)) * m.gain * m.dim**-0.5)
         vector(p + "ffn_norm.weight", (1 + 0.1 * rng.standard_normal(m.dim)) * m.gain * m.dim**-0.5)
-        shapes = {"attn_q": (m.dim, m.dim), "attn_k": (kv, m.dim), "attn_v": (kv, m.dim), "attn_output": (m.dim, m.dim)}
-        shapes |= {"ffn_gate": (m.ffn, m.dim), "ffn_up": (m.ffn, m.dim), "ffn_down": (m.dim, m.ffn)}
-        for name, (rows, cols) in shapes.items():
+        for name, (rows, cols) in layer_matrices(m).items():
             matrix(f"{p}{name}.weight", rows, cols)
             if m.biases:
                 vector(f"{p}{name}.bias", 0.1 * rng.standard_normal(rows))
@@ -81,7 +85,25 @@ def tensors_of(m: TinyModel) -> Tensors:
 def write_model(m: TinyModel, path: Path) -> Path:
     """The model as a GGUF file, with a byte vocabulary so that any text can be tokenized."""
     w = gguf.GGUFWriter(str(path), "llama")
-    w.add_name("conformance")
+    write_metadata(w, m, "conformance")
+    for name, (kind, data, shape) in tensors_of(m).items():
+        quantized = gguf.GGMLQuantizationType[kind]
+        if kind == "F32":
+            w.add_tensor(name, data.view(np.float32).reshape(shape))
+        elif kind == "F16":
+            w.add_tensor(name, data.view(np.float16).reshape(shape))
+        else:
+            w.add_tensor(name, data.reshape(shape[0], -1), raw_dtype=quantized)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+def write_metadata(w: gguf.GGUFWriter, m: TinyModel, name: str) -> None:
+    """Shapes and the byte vocabulary."""
+    w.add_name(name)
     w.add_context_length(m.context)
     w.add_embedding_length(m.dim)
     w.add_block_count(m.layers)
@@ -105,19 +127,6 @@ def write_model(m: TinyModel, path: Path) -> Path:
     w.add_bos_token_id(1)
     w.add_eos_token_id(m.eos_id)
     w.add_unk_token_id(0)
-    for name, (kind, data, shape) in tensors_of(m).items():
-        quantized = gguf.GGMLQuantizationType[kind]
-        if kind == "F32":
-            w.add_tensor(name, data.view(np.float32).reshape(shape))
-        elif kind == "F16":
-            w.add_tensor(name, data.view(np.float16).reshape(shape))
-        else:
-            w.add_tensor(name, data.reshape(shape[0], -1), raw_dtype=quantized)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    return path
 
 
 class OracleModel:

@@ -19,7 +19,7 @@ from llorch.providers import (
     MemoryNeed,
     OpSpec,
 )
-from llorch.providers.array import host_memory
+from llorch.providers.host_memory import host_memory, left_over
 from llorch_provider_numba import compiler
 from llorch_provider_numba.forecast import scratch_bytes
 from llorch_provider_numba.formats import FORMATS, Format, groups_of, nbytes
@@ -34,7 +34,6 @@ from llorch_provider_numba.memory import (
     aligned,
     cache_bytes,
     forget_pages,
-    rounded_up,
 )
 from llorch_provider_numba.native import entry
 from llorch_provider_numba.pool import Pool, default_threads
@@ -110,7 +109,7 @@ class NumbaDevice:
 
     def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
         arena = self._arena_bytes(weights)
-        unused = arena - sum(map(self._size, weights)) + rounded_up(arena)
+        unused = arena - sum(map(self._size, weights)) + left_over(arena)
         scratch = scratch_bytes(specs, self.host, self.threads) + unused
         return MemoryNeed(weights=sum(map(self._size, weights)), cache=cache_bytes(cache), scratch=scratch)
 
@@ -147,12 +146,7 @@ class NumbaDevice:
         return tensor[:n]
 
     def kv_cache(self, spec: CacheSpec) -> KVCache:
-        free = self.memory().free
-        if spec.nbytes > free:
-            raise DeviceMemoryError(
-                f"a KV cache of {spec.blocks * spec.block_size} tokens needs {spec.nbytes / 2**30:.2f} GiB, "
-                f"{free / 2**30:.2f} GiB are free: start with a smaller --context or --parallel"
-            )
+        spec.require(self.memory().free)
         return KVCache(spec)
 
     def inputs(self, shapes: Mapping[str, tuple[int, ...]]) -> Inputs:

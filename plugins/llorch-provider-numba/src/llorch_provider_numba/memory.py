@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llorch.providers import CacheSpec
+from llorch.providers.host_memory import HUGE_PAGE, in_huge_pages
 
-HUGE_PAGE, LINE = 2 << 20, 64
+LINE = 64
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -24,39 +25,26 @@ def aligned(nbytes: int) -> Bytes:
     return whole[skipped : skipped + nbytes]
 
 
-def in_huge_pages(nbytes: int) -> Bytes:
-    """Zeros. In pages of 4 KiB, reading weights once a token would wait for address translation."""
-    if nbytes < HUGE_PAGE:
-        small = aligned(nbytes)
-        small[...] = 0
-        return small
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # private: Python's default is shared memory, which Linux does not give huge pages
-        pages = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    else:  # not Linux: whatever the system gives
-        pages = mmap.mmap(-1, nbytes + HUGE_PAGE)
-    whole = np.frombuffer(pages, np.uint8)
-    skipped = -whole.ctypes.data % HUGE_PAGE
-    return whole[skipped : skipped + nbytes]
-
-
-def rounded_up(nbytes: int) -> int:
-    """Bytes of the last huge page of so much memory that nothing uses."""
-    return -nbytes % HUGE_PAGE if nbytes >= HUGE_PAGE else 0
+def zeros(nbytes: int) -> Bytes:
+    """Zeros, in huge pages where they fill one."""
+    if nbytes >= HUGE_PAGE:
+        return in_huge_pages(nbytes)
+    small = aligned(nbytes)
+    small[...] = 0
+    return small
 
 
 class Arena:
     """Room for a model's weights, side by side: each in pages of its own would waste one of 2 MiB at its end."""
 
     def __init__(self, nbytes: int) -> None:
-        self._memory, self._used = in_huge_pages(nbytes), 0
+        self._memory, self._used = zeros(nbytes), 0
 
     def take(self, nbytes: int) -> Bytes:
         """Memory that begins at a cache line; from elsewhere where the arena is full."""
         start = -(-self._used // LINE) * LINE
         if start + nbytes > self._memory.nbytes:
-            return in_huge_pages(nbytes)
+            return zeros(nbytes)
         self._used = start + nbytes
         return self._memory[start : self._used]
 
@@ -117,7 +105,7 @@ class KVCache:
         key_dim, value_dim = _padded_dims(spec)
         keys, values = spec.blocks * per_head * key_dim, spec.blocks * per_head * value_dim
         # zeros: memory comes when it is first written, and what was never written is no NaN
-        whole = in_huge_pages(spec.layers * (keys + values) * dtype().itemsize).view(dtype)
+        whole = zeros(spec.layers * (keys + values) * dtype().itemsize).view(dtype)
         layers = whole.reshape(spec.layers, keys + values)
         self.layers = [
             LayerCache(layer[:keys].reshape(spec.blocks, -1), layer[keys:].reshape(spec.blocks, -1)) for layer in layers

@@ -21,9 +21,9 @@ from llorch.providers import (
     MemoryNeed,
     OpSpec,
 )
-from llorch.providers.host_memory import host_memory
+from llorch.providers.host_memory import host_memory, left_over
 from llorch_provider_opencl.formats import FORMATS, ROWS_PER_GROUP, repacked
-from llorch_provider_opencl.memory import Buffer, Inputs, KVCache, Memory, Tensor, Weight, layer_bytes, rounded_up
+from llorch_provider_opencl.memory import Buffer, Inputs, KVCache, Memory, Tensor, Weight, layer_bytes
 from llorch_provider_opencl.programs import Macros, Programs, source
 from llorch_provider_opencl.quirks import Settings, Traits, settings_for
 from llorch_provider_opencl.recording import Launcher
@@ -128,7 +128,7 @@ class OpenCLDevice:
     def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
         sizes = list(map(self._size, weights))
         prepared = max((self._prepared_bytes(product) for spec in specs for product in _products(spec)), default=0)
-        rounding = sum(map(rounded_up, sizes)) if self.settings.huge_pages else 0
+        rounding = sum(map(left_over, sizes)) if self.settings.huge_pages else 0
         held = cache.layers * sum(layer_bytes(cache))
         return MemoryNeed(weights=sum(sizes), cache=held, scratch=prepared + rounding)
 
@@ -161,12 +161,7 @@ class OpenCLDevice:
         return tensor.rows(n)
 
     def kv_cache(self, spec: CacheSpec) -> KVCache:
-        free = self.memory().free
-        if spec.nbytes > free:
-            raise DeviceMemoryError(
-                f"a KV cache of {spec.blocks * spec.block_size} tokens needs {spec.nbytes / 2**30:.2f} GiB, "
-                f"{free / 2**30:.2f} GiB are free: start with a smaller --context or --parallel"
-            )
+        spec.require(self.memory().free)
         return KVCache(self.queue, self._memory, spec)
 
     def inputs(self, shapes: Mapping[str, tuple[int, ...]]) -> Inputs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llorch.providers import AttentionSpec, CacheSpec, DeviceMemoryError
+from llorch.providers.host_memory import HUGE_PAGE, in_huge_pages
 from llorch_provider_opencl.runtimes import import_pyopencl
 
-HUGE_PAGE = 2 << 20
 UPLOADS_IN_FLIGHT = 4
 
 
@@ -40,7 +39,7 @@ class Memory:
         cl, nbytes = import_pyopencl(), max(nbytes, 4)
         try:
             if weight and self._huge_pages and nbytes >= HUGE_PAGE:
-                buffer = Buffer(*_in_huge_pages(cl, self._context, nbytes), nbytes)
+                buffer = Buffer(*_over_huge_pages(cl, self._context, nbytes), nbytes)
             else:
                 buffer = Buffer(cl.Buffer(self._context, cl.mem_flags.READ_WRITE, nbytes), None, nbytes)
         except (cl.MemoryError, MemoryError, OSError) as error:
@@ -56,29 +55,16 @@ class Memory:
             buffer.release()
 
 
-def _in_huge_pages(cl: Any, context: Any, nbytes: int) -> tuple[Any, mmap.mmap]:
-    """A buffer over host memory that starts at a huge page. The map must outlive it."""
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # private: Python's default is shared memory, which Linux does not give huge pages
-        pages = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    else:  # not Linux: whatever the system gives
-        pages = mmap.mmap(-1, nbytes + HUGE_PAGE)
-    whole = np.frombuffer(pages, np.uint8)
-    skipped = -whole.ctypes.data % HUGE_PAGE
-    flags = cl.mem_flags.READ_WRITE | cl.mem_flags.USE_HOST_PTR
-    return cl.Buffer(context, flags, hostbuf=whole[skipped : skipped + nbytes]), pages
-
-
-def rounded_up(nbytes: int) -> int:
-    """Bytes of the last huge page of so much memory that nothing uses."""
-    return -nbytes % HUGE_PAGE if nbytes >= HUGE_PAGE else 0
+def _over_huge_pages(cl: Any, context: Any, nbytes: int) -> tuple[Any, npt.NDArray[Any]]:
+    """A buffer over host memory in huge pages, which must outlive it."""
+    host = in_huge_pages(nbytes)
+    return cl.Buffer(context, cl.mem_flags.READ_WRITE | cl.mem_flags.USE_HOST_PTR, hostbuf=host), host
 
 
 class Buffer:
     """A cl.Buffer, the host memory below it if any, and its size."""
 
-    def __init__(self, buffer: Any, host: mmap.mmap | None, nbytes: int) -> None:
+    def __init__(self, buffer: Any, host: npt.NDArray[Any] | None, nbytes: int) -> None:
         self.cl, self._host, self.nbytes = buffer, host, nbytes
 
     def release(self) -> None:
