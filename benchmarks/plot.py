@@ -14,11 +14,11 @@ from typing import Any
 
 import gguf
 import matplotlib
+from vs_llamacpp import PEER
 
 matplotlib.use("svg")  # a file, no window
 from matplotlib import pyplot
 
-PEER = "llama.cpp"
 GREY, BLUE, RED = "#888888", "#2a6fb0", "#b03030"
 WIDTH = 0.38  # of a bar; two stand side by side
 

@@ -31,6 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from server import serving
+
 PROMPT_TOKENS, WARMUP_TOKENS = 16, 8
 SHARED, OWN = 1000, 20
 LONG, STREAMS = 2000, 8
@@ -78,25 +80,9 @@ def _prompt(seed: object, tokens: int) -> list[int]:
 
 @contextmanager
 def _server(arguments: argparse.Namespace, **options: object) -> Iterator[int]:
-    """`llorch serve` with these options; its port."""
-    command = [sys.executable, "-m", "llorch", "serve", "--model", str(arguments.model), "--port", "0"]
-    command += ["--provider", arguments.provider, "--log-format", "json", "--threads", str(arguments.threads)]
-    for name, value in options.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            entry = json.loads(line)
-            if entry["event"] == "ready":
-                break
-        else:
-            raise SystemExit(f"the server ended: {' '.join(command)}")
-        drain = threading.Thread(target=process.stdout.read, daemon=True)
-        drain.start()
-        try:
-            yield int(entry["uri"].rpartition(":")[2])
-        finally:
-            process.terminate()
+    """Its port."""
+    with serving(arguments.model, provider=arguments.provider, threads=arguments.threads, **options) as served:
+        yield served.port
 
 
 @dataclass

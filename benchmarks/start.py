@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from server import serving
+
 TOKENS = 16
 
 
@@ -62,19 +64,9 @@ def _load(arguments: argparse.Namespace) -> tuple[float, float]:
 
 
 def _seconds_to_readiness(arguments: argparse.Namespace) -> float:
-    command = [sys.executable, "-m", "llorch", "serve", "--model", str(arguments.model), "--port", "0"]
-    command += ["--provider", arguments.provider, "--context", str(arguments.context), "--parallel", "1"]
-    command += ["--log-format", "json"]
-    start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if json.loads(line)["event"] == "ready":
-                seconds = time.perf_counter() - start
-                process.terminate()
-                process.stdout.read()
-                return seconds
-    raise SystemExit(f"the server ended: {' '.join(command)}")
+    options = {"provider": arguments.provider, "context": arguments.context, "parallel": 1}
+    with serving(arguments.model, **options) as served:
+        return served.seconds
 
 
 def _spread(values: tuple[float, ...]) -> str:

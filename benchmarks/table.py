@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-PEER = "llama.cpp"
+from vs_llamacpp import PEER
+
 HEAD = """
 | weights | prefill, llama.cpp | llorch | ratio | decode, llama.cpp | llorch | ratio | memory, GB/s | of the limit |
 |---|--:|--:|--:|--:|--:|--:|--:|--:|"""
