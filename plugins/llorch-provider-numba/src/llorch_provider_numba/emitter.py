@@ -27,6 +27,7 @@ from llvmlite import ir
 from llorch_provider_numba.formats import BLOCK, LANES, VECTOR, Format, PlainFormat
 from llorch_provider_numba.hosts import Host
 from llorch_provider_numba.ir_tools import (
+    BYTES,
     F32,
     I1,
     I8,
@@ -49,9 +50,11 @@ from llorch_provider_numba.ir_tools import (
 )
 
 RECORD, FLOAT_RECORD = BLOCK + 16, 4 * (BLOCK + 2)
-SIGNATURE = ir.FunctionType(ir.VoidType(), [I64] * 9)
+SIGNATURE = ir.FunctionType(ir.VoidType(), [BYTES, I64, I64, BYTES, I64, BYTES, I64, I64, I64])
 
-PREFETCH, TILE_PREFETCH, PLAIN_PREFETCH = 4096, 2048, 1024  # bytes ahead, of each group; of several tokens at once
+# How far ahead of its reading memory is asked for, in bytes of each group: quantised and plain weights
+ONE_TOKEN_AHEAD, TILE_AHEAD = (4096, 1024), (2048, 4096)
+ONCE, AGAIN = 0, 3  # to LLVM, how long what was asked for is to stay: one token reads a weight once, tiles in turn
 
 
 def record_bytes(form: Format | PlainFormat, host: Host) -> int:
@@ -98,7 +101,7 @@ class _Kernel:
         for g in range(self.groups):
             index = constant(I64, g)
             index = b.select(b.icmp_signed("<", index, last), index, last)
-            self.w.append(b.add(w, b.mul(index, group_bytes)))
+            self.w.append(at(b, w, b.mul(index, group_bytes)))
         places = self._places(out, stride, rows)
         self.acc = [[b.alloca(F32x16) for _ in range(self.tokens)] for _ in range(self.groups)]
         self._start(places, start)
@@ -122,10 +125,10 @@ class _Kernel:
             left = b.trunc(b.sub(rows, constant(I64, g * LANES)), I32)
             mask = b.icmp_signed("<", lane, splat(b, left, 16))
             addresses = [
-                at(b, b.add(out, scaled(b, b.mul(stride, constant(I64, t)), 4)), 4 * LANES * g)
+                at(b, at(b, out, scaled(b, b.mul(stride, constant(I64, t)), 4)), 4 * LANES * g)
                 for t in range(self.tokens)
             ]
-            found.append([(b.inttoptr(address, F32x16.as_pointer()), mask) for address in addresses])
+            found.append([(b.bitcast(address, F32x16.as_pointer()), mask) for address in addresses])
         return found
 
     def _start(self, places: list[list[tuple[ir.Value, ir.Value]]], start: ir.Value) -> None:
@@ -143,25 +146,26 @@ class _Kernel:
         self.b.store(fma(self.b, x, y, self.b.load(place)), place)
 
     def _prefetch(self, address: ir.Value, lines: int) -> None:
-        """Asks for what lies ahead: the hardware alone does not keep memory busy from a few cores."""
-        b, quantised = self.b, PREFETCH if self.tokens == 1 else TILE_PREFETCH
-        ahead = PLAIN_PREFETCH if isinstance(self.form, PlainFormat) else quantised
-        fetch = intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        """Asks for what lies ahead, into the first-level cache: the hardware alone does not keep memory busy from a few
+        cores, and what waits in the second level costs a core that computes a tenth to a half."""
+        b, plain = self.b, isinstance(self.form, PlainFormat)
+        ahead, stay = (ONE_TOKEN_AHEAD[plain], ONCE) if self.tokens == 1 else (TILE_AHEAD[plain], AGAIN)
+        fetch = intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), [BYTES, I32, I32, I32])
         for line in range(lines):
-            place = b.inttoptr(at(b, address, ahead + VECTOR * line), I8.as_pointer())
-            b.call(fetch, [place, constant(I32, 0), constant(I32, 2), constant(I32, 1)])
+            place = at(b, address, ahead + VECTOR * line)
+            b.call(fetch, [place, constant(I32, 0), constant(I32, stay), constant(I32, 1)])
 
     # ---- plain weights ----
 
     def _plain_unit(self, unit: ir.Value) -> None:
         b, form = self.b, self.form
         offset = scaled(b, unit, form.unit_bytes)
-        first = b.add(self.x, scaled(b, unit, form.unit * self.tokens * 4))
+        first = at(b, self.x, scaled(b, unit, form.unit * self.tokens * 4))
         for w in self.w:
-            self._prefetch(b.add(w, offset), form.unit_bytes // VECTOR)
+            self._prefetch(at(b, w, offset), form.unit_bytes // VECTOR)
         for c in range(form.unit):
             for g in range(self.groups):
-                values = self._floats(at(b, b.add(self.w[g], offset), c * LANES * form.width))
+                values = self._floats(at(b, at(b, self.w[g], offset), c * LANES * form.width))
                 for t in range(self.tokens):
                     x = load(b, at(b, first, 4 * (c * self.tokens + t)), F32, 4)
                     self._add(g, t, values, splat(b, x, 16))
@@ -179,8 +183,8 @@ class _Kernel:
 
     def _unit(self, unit: ir.Value) -> None:
         b, form = self.b, self.form
-        bases = [b.add(w, scaled(b, unit, form.unit_bytes)) for w in self.w]
-        x = b.add(self.x, scaled(b, unit, form.blocks * self.tokens * self.record))
+        bases = [at(b, w, scaled(b, unit, form.unit_bytes)) for w in self.w]
+        x = at(b, self.x, scaled(b, unit, form.blocks * self.tokens * self.record))
         if not form.scales:  # two blocks: unrolled
             for block in range(form.blocks):
                 self._block(bases, x, constant(I64, block), [None] * self.groups)
@@ -195,13 +199,13 @@ class _Kernel:
     def _block(self, bases: list[ir.Value], x: ir.Value, block: ir.Value, halves: list[list[ir.Value] | None]) -> None:
         """32 columns: for each segment, scale * x's scale * (quants . x), and the minimum times x's sum."""
         b, form = self.b, self.form
-        x = b.add(x, scaled(b, block, self.tokens * self.record))
+        x = at(b, x, scaled(b, block, self.tokens * self.record))
         per_segment, lines = form.segment // 4, -(-form.unit_bytes // VECTOR // form.blocks)  # a block's share
         step = self.tokens if form.segment == BLOCK else min(self.tokens, 4)  # more would wait for registers
         quants = []
         for base in bases:
-            self._prefetch(b.add(base, scaled(b, block, VECTOR * lines)), lines)
-            quants.append(self._unpack(b.add(at(b, base, form.blocks_at), scaled(b, block, form.bits * VECTOR))))
+            self._prefetch(at(b, base, scaled(b, block, VECTOR * lines)), lines)
+            quants.append(self._unpack(at(b, at(b, base, form.blocks_at), scaled(b, block, form.bits * VECTOR))))
         for s in range(BLOCK // form.segment):
             scales = [self._scale(base, block, s, half) for base, half in zip(bases, halves, strict=True)]
             part = range(s * per_segment, (s + 1) * per_segment)
@@ -274,10 +278,10 @@ class _Kernel:
         """Of a segment: the rows' scales, and their minima where the type has them."""
         b, form = self.b, self.form
         if halves is None:
-            here = b.add(base, scaled(b, block, 2 * LANES * form.halves))
+            here = at(b, base, scaled(b, block, 2 * LANES * form.halves))
             return self._half(here, 0), self._half(here, 1) if form.minima else None
         index = b.add(scaled(b, block, BLOCK // form.segment), constant(I64, s))
-        place = b.add(base, scaled(b, index, LANES))
+        place = at(b, base, scaled(b, index, LANES))
         factors = load(b, at(b, place, form.scales_at), I8x16, LANES)
         scale = b.fmul(halves[0], b.sitofp(b.sext(factors, I32x16), F32x16))
         if not form.minima:

@@ -62,7 +62,7 @@ class Host:
 
     def four(self, b: ir.IRBuilder, x: ir.Value, k: int) -> ir.Value:
         """What `dot` takes of x: columns 4 k to 4 k + 3 of the record at address x."""
-        return load(b, at(b, x, 4 * k), I32, 4) if self.rounds else b.inttoptr(at(b, x, 16 * k), F32.as_pointer())
+        return load(b, at(b, x, 4 * k), I32, 4) if self.rounds else b.bitcast(at(b, x, 16 * k), F32.as_pointer())
 
     def offset(self, form: Format) -> int:
         """What is to be added to every quant: the format's own, or that of bytes which had to become unsigned."""

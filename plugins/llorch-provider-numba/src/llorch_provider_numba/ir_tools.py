@@ -9,6 +9,7 @@ from llvmlite import ir
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
+BYTES = I8.as_pointer()
 
 
 def vector(element: ir.Type, count: int) -> ir.VectorType:
@@ -60,16 +61,17 @@ def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
 
 
 def load(b: ir.IRBuilder, address: ir.Value, kind: ir.Type, align: int = 1) -> ir.Value:
-    """`address` is an i64."""
-    found = b.load(b.inttoptr(address, kind.as_pointer()))
+    """`address` is a pointer to bytes, as all addresses are."""
+    found = b.load(b.bitcast(address, kind.as_pointer()))
     found.align = align
     return found
 
 
 def at(b: ir.IRBuilder, address: ir.Value, offset: int | ir.Value) -> ir.Value:
+    """`offset` bytes further. LLVM sees which pointers belong together, not which integers do: one register serves."""
     if isinstance(offset, int):
         offset = constant(I64, offset)
-    return b.add(address, offset)
+    return b.gep(address, [offset])
 
 
 def scaled(b: ir.IRBuilder, index: ir.Value, size: int) -> ir.Value:

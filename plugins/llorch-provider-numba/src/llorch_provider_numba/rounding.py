@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from llorch_provider_numba.ir_tools import F32, I8, I32, constant, load, pieces, splat, vector
+from llorch_provider_numba.ir_tools import BYTES, F32, I8, I32, constant, load, pieces, splat, vector
 from llorch_provider_numba.ir_tools import intrinsic as llvm_intrinsic
 
 COUNT = 32
@@ -24,7 +24,7 @@ def round_block(_typing, x, to):
 
     def codegen(context, b, signature, args):
         address, to = args
-        values = load(b, address, F32s, 4)
+        values = load(b, b.inttoptr(address, BYTES), F32s, 4)
         magnitudes = b.and_(b.bitcast(values, I32s), constant(I32s, MAGNITUDE))  # integers, which order as they do
         most = b.bitcast(_reduced(b, "umax", magnitudes), F32)
         some = b.fcmp_ordered(">", most, constant(F32, 0.0))

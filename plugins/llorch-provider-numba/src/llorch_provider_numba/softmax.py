@@ -18,6 +18,7 @@ from llvmlite import ir
 
 from llorch_provider_numba.formats import LANES, SEGMENT
 from llorch_provider_numba.ir_tools import (
+    BYTES,
     F32,
     I32,
     I64,
@@ -33,7 +34,7 @@ from llorch_provider_numba.ir_tools import (
     splat,
 )
 
-SIGNATURE = ir.FunctionType(ir.VoidType(), [I64] * 6)
+SIGNATURE = ir.FunctionType(ir.VoidType(), [BYTES, I64, I64, BYTES, BYTES, BYTES])
 
 LOG2E, LN2_HIGH, LN2_LOW, LOWEST = 1.44269504, 0.693359375, -2.12194440e-4, -87.0
 POLYNOMIAL = (
@@ -71,7 +72,7 @@ def _emit(function: ir.Function, rows: int) -> None:
         """A row's 16 scores, and which of them count."""
         column = b.add(splat(b, b.trunc(scaled(b, index, LANES), I32), LANES), _LANE)
         mask = b.and_(b.icmp_signed(">=", column, low[r]), b.icmp_signed("<", column, high[r]))
-        found = load(b, at(b, b.add(scores, scaled(b, index, 4 * LANES)), 4 * SEGMENT * r), F32x16, 4)
+        found = load(b, at(b, at(b, scores, scaled(b, index, 4 * LANES)), 4 * SEGMENT * r), F32x16, 4)
         return b.select(mask, found, otherwise), mask
 
     vectors = b.sub(last, first)
@@ -89,12 +90,12 @@ def _emit(function: ir.Function, rows: int) -> None:
             b.store(b.fadd(b.load(total[r]), weight), total[r])
             columns.append(weight)
         for j, value in enumerate(_interleaved(b, columns)):
-            place = at(b, b.add(weights, scaled(b, index, 4 * LANES * rows)), 4 * LANES * j)
-            b.store(value, b.inttoptr(place, F32x16.as_pointer()), align=4)
+            place = at(b, at(b, weights, scaled(b, index, 4 * LANES * rows)), 4 * LANES * j)
+            b.store(value, b.bitcast(place, F32x16.as_pointer()), align=4)
     for r in range(rows):
         total_of_row = _folded(b, b.load(total[r]), ir.IRBuilder.fadd)
-        b.store(peaks[r], b.inttoptr(at(b, largest, 4 * r), F32.as_pointer()), align=4)
-        b.store(total_of_row, b.inttoptr(at(b, sums, 4 * r), F32.as_pointer()), align=4)
+        b.store(peaks[r], b.bitcast(at(b, largest, 4 * r), F32.as_pointer()), align=4)
+        b.store(total_of_row, b.bitcast(at(b, sums, 4 * r), F32.as_pointer()), align=4)
     b.ret_void()
 
 
