@@ -28,7 +28,6 @@ from llorch_provider_numba.intrinsics import (
     load_i32,
     load_i64,
     native,
-    prefetch,
 )
 from llorch_provider_numba.products import tile_of
 from llorch_provider_numba.rows import ONE, ZERO, exp32
@@ -198,34 +197,34 @@ def _segment(p, t, end, head, segment, partial, thread):
     sequence = np.int64(load_i32(load_i64(p + SEQUENCES) + 4 * t))
     table = ints(load_i64(p + TABLES) + 4 * sequence * load_i64(p + MAX_BLOCKS), load_i64(p + MAX_BLOCKS))
     for at in range(begin, last, size):
-        block = (np.int64(table[at // size]) * kv_heads + head) * size
+        keys, following = _block(p, KEYS, table[at // size], head), _block(p, VALUES, table[begin // size], head)
         if at + size < last:
-            _fetch(p, KEYS, (np.int64(table[at // size + 1]) * kv_heads + head) * size)
-        _fetch(p, VALUES, block)
-        _score(p, block, rows, at - first, min(size, last - at), thread)
+            following = _block(p, KEYS, table[at // size + 1], head)
+        _score(p, keys, rows, at - first, min(size, last - at), following, thread)
     _soften(p, t, rows, first, begin - first, last - first, partial, thread)
     for at in range(begin, last, size):
-        block = (np.int64(table[at // size]) * kv_heads + head) * size
-        _mix(p, block, rows, at - first, min(size, last - at), at > begin, partial + 8 * rows, thread)
+        following = 0
+        if at + size < context:
+            following = _block(p, VALUES if at + size < last else KEYS, table[at // size + 1], head)
+        values = _block(p, VALUES, table[at // size], head)
+        _mix(p, values, rows, at - first, min(size, last - at), at > begin, partial + 8 * rows, following, thread)
 
 
-@native
-def _fetch(p, which, block):
-    """Asks for a block's keys or values ahead of their use: blocks lie apart, and the hardware follows rows only."""
-    size = load_i64(p + BLOCK_SIZE) * load_i64(p + WIDTH)
+@inlined
+def _block(p, which, block, head):
+    """Address of a block's keys or values of a key head."""
     dim = load_i64(p + HEAD_DIM)
     dim = (dim + 3) // 4 * 4 if which == KEYS else (dim + 15) // 16 * 16
-    start = load_i64(p + which) + block * dim * load_i64(p + WIDTH)
-    for offset in range(0, size * dim, 64):
-        prefetch(start + offset)
+    rows = (np.int64(block) * load_i64(p + KV_HEADS) + head) * load_i64(p + BLOCK_SIZE)
+    return load_i64(p + which) + rows * dim * load_i64(p + WIDTH)
 
 
 @native
-def _score(p, block, rows, column, count, thread):
-    """scores[rows, SEGMENT] of `count` keys of a block."""
+def _score(p, keys, rows, column, count, following, thread):
+    """scores[rows, SEGMENT] of `count` keys of a block; `following`: address of the block that is read next, or 0."""
     key_dim = (load_i64(p + HEAD_DIM) + 3) // 4 * 4
     group_bytes = 16 * key_dim * load_i64(p + WIDTH)
-    keys = load_i64(p + KEYS) + block * key_dim * load_i64(p + WIDTH)
+    ahead = following - keys if following != 0 else 0
     queries, scores = _place(p, thread, 0), _place(p, thread, 1)
     groups, largest, row = (count + 15) // 16, load_i64(p + LARGEST), 0
     while row < rows:
@@ -235,7 +234,7 @@ def _score(p, block, rows, column, count, thread):
         for g in range(0, groups, at_once):
             call_product(
                 kernel, keys + g * group_bytes, group_bytes, min(at_once, groups - g), queries + 4 * row * key_dim,
-                key_dim // 4, scores + 4 * (row * SEGMENT + column + 16 * g), SEGMENT, count - 16 * g, 0,
+                key_dim // 4, scores + 4 * (row * SEGMENT + column + 16 * g), SEGMENT, count - 16 * g, 0, ahead,
             )  # fmt: skip
         row += size
 
@@ -269,12 +268,12 @@ def _soften(p, t, rows, first, begin, last, partial, thread):
 
 
 @native
-def _mix(p, block, rows, column, count, adds, out, thread):
-    """out[rows, head_dim] = or += weights @ values of `count` tokens of a block."""
+def _mix(p, values, rows, column, count, adds, out, following, thread):
+    """out[rows, head_dim] = or += weights @ values of `count` tokens of a block; `following` as in `_score`."""
     dim, size_of_block, width = load_i64(p + HEAD_DIM), load_i64(p + BLOCK_SIZE), load_i64(p + WIDTH)
     groups, largest, row = (dim + 15) // 16, load_i64(p + LARGEST), 0
     group_bytes = 16 * size_of_block * width
-    values = load_i64(p + VALUES) + block * groups * 16 * width
+    ahead = following - values if following != 0 else 0
     weights = _place(p, thread, 2)
     while row < rows:
         _, size = tile_of(row, rows, largest)
@@ -284,7 +283,7 @@ def _mix(p, block, rows, column, count, adds, out, thread):
         for g in range(0, groups, at_once):
             call_product(
                 kernel, values + g * group_bytes, group_bytes, min(at_once, groups - g), x, (count + 3) // 4,
-                out + 4 * (row * dim + 16 * g), dim, dim - 16 * g, np.int64(adds),
+                out + 4 * (row * dim + 16 * g), dim, dim - 16 * g, np.int64(adds), ahead,
             )  # fmt: skip
         row += size
 

@@ -2,11 +2,12 @@
 
 A kernel computes the rows of `groups` groups side by side times `tokens` tokens of x, over all columns:
 
-    kernel(w, group_bytes, groups, x, units, out, stride, rows, start)
+    kernel(w, group_bytes, groups, x, units, out, stride, rows, start, ahead)
 
 w: address of the first group, the others group_bytes apart; where fewer than `groups` are left, the last is read again
 and not stored. x: a tile of prepared activations (below). out[t * stride + row] is written for row < rows, or added to
-where start is not 0. Weight types differ in `_unpack` and `_scale`, hosts in `Host.dot`.
+where start is not 0. ahead: of plain weights, how far from each byte lies one that is read next; 0: in the same rows.
+Weight types differ in `_unpack` and `_scale`, hosts in `Host.dot`.
 
 A tile of x, for quantised weights: [blocks, tokens] records, of RECORD bytes on a host that rounds (32 int8, their
 float32 scale, two corrections) or FLOAT_RECORD (32 float32, two corrections). A correction belongs to 32 columns (the
@@ -50,7 +51,7 @@ from llorch_provider_numba.ir_tools import (
 )
 
 RECORD, FLOAT_RECORD = BLOCK + 16, 4 * (BLOCK + 2)
-SIGNATURE = ir.FunctionType(ir.VoidType(), [BYTES, I64, I64, BYTES, I64, BYTES, I64, I64, I64])
+SIGNATURE = ir.FunctionType(ir.VoidType(), [BYTES, I64, I64, BYTES, I64, BYTES, I64, I64, I64, I64])
 
 # How far ahead of its reading memory is asked for, in bytes of each group: quantised and plain weights
 ONE_TOKEN_AHEAD, TILE_AHEAD = (4096, 1024), (2048, 4096)
@@ -94,7 +95,7 @@ class _Kernel:
     def emit(self) -> None:
         function = ir.Function(self.module, SIGNATURE, kernel_name(self.form, self.tokens))
         self.b = b = ir.IRBuilder(function.append_basic_block("entry"))
-        w, group_bytes, groups, self.x, units, out, stride, rows, start = function.args
+        w, group_bytes, groups, self.x, units, out, stride, rows, start, ahead = function.args
         self.groups, self.record = groups_for(self.form, self.host, self.tokens), record_bytes(self.form, self.host)
         last = b.sub(groups, constant(I64, 1))
         self.w = []
@@ -103,6 +104,10 @@ class _Kernel:
             index = b.select(b.icmp_signed("<", index, last), index, last)
             self.w.append(at(b, w, b.mul(index, group_bytes)))
         places = self._places(out, stride, rows)
+        plain = isinstance(self.form, PlainFormat)
+        self.ahead = constant(I64, (ONE_TOKEN_AHEAD if self.tokens == 1 else TILE_AHEAD)[plain])
+        if plain:
+            self.ahead = b.select(b.icmp_signed("!=", ahead, constant(I64, 0)), ahead, self.ahead)
         self.acc = [[b.alloca(F32x16) for _ in range(self.tokens)] for _ in range(self.groups)]
         self._start(places, start)
         body = self._plain_unit if isinstance(self.form, PlainFormat) else self._unit
@@ -148,11 +153,10 @@ class _Kernel:
     def _prefetch(self, address: ir.Value, lines: int) -> None:
         """Asks for what lies ahead, into the first-level cache: the hardware alone does not keep memory busy from a few
         cores, and what waits in the second level costs a core that computes a tenth to a half."""
-        b, plain = self.b, isinstance(self.form, PlainFormat)
-        ahead, stay = (ONE_TOKEN_AHEAD[plain], ONCE) if self.tokens == 1 else (TILE_AHEAD[plain], AGAIN)
+        b, stay = self.b, ONCE if self.tokens == 1 else AGAIN
         fetch = intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), [BYTES, I32, I32, I32])
         for line in range(lines):
-            place = at(b, address, ahead + VECTOR * line)
+            place = at(b, at(b, address, self.ahead), VECTOR * line)
             b.call(fetch, [place, constant(I32, 0), constant(I32, stay), constant(I32, 1)])
 
     # ---- plain weights ----

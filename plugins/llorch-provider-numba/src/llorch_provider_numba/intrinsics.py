@@ -135,19 +135,6 @@ def pause(_typing):
 
 
 @intrinsic
-def prefetch(_typing, address):
-    """Asks for a cache line, for the second level."""
-
-    def codegen(context, b, _signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-        fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
-        b.call(fetch, [b.inttoptr(args[0], I8.as_pointer()), I32(0), I32(2), I32(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@intrinsic
 def call_yield(_typing, address):
     """Calls int f(void), the system's way to let another thread run."""
 
@@ -159,15 +146,15 @@ def call_yield(_typing, address):
 
 
 @intrinsic
-def call_product(_typing, kernel, w, group_bytes, groups, x, units, out, stride, rows, start):
+def call_product(_typing, kernel, w, group_bytes, groups, x, units, out, stride, rows, start, ahead):
     """Calls a kernel of emitter.py."""
 
     def codegen(context, b, _signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [I64] * 9)
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 10)
         b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 10), codegen
+    return types.void(*[types.int64] * 11), codegen
 
 
 @intrinsic

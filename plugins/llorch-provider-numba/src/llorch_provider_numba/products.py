@@ -131,5 +131,5 @@ def _tile(p, w, bias, out, first, last, start, size):
     for g in range(first, last, at_once):
         call_product(
             kernel, w + g * group_bytes, group_bytes, min(at_once, last - g), x, units,
-            out + 64 * (g - first), rows, end - 16 * g, np.int64(bias != 0),
+            out + 64 * (g - first), rows, end - 16 * g, np.int64(bias != 0), 0,
         )  # fmt: skip
