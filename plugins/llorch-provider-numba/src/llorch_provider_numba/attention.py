@@ -33,6 +33,7 @@ from llorch_provider_numba.products import tile_of
 from llorch_provider_numba.rows import ONE, ZERO, exp32
 
 HALF_MAX = np.float32(65504)
+AHEAD = 2  # blocks between what is read and what is asked for: to compute with one takes less than memory's latency
 
 # Slots of a record (program.py): q, k, v, out, keys, values, slots, positions, sequence ids, block tables, max blocks,
 # heads, kv heads, head dim, block size, tokens, width of a cached value, window (0: none), scale, soft cap (0: none),
@@ -196,27 +197,35 @@ def _segment(p, t, end, head, segment, partial, thread):
     begin = begin // size * size
     sequence = np.int64(load_i32(load_i64(p + SEQUENCES) + 4 * t))
     table = ints(load_i64(p + TABLES) + 4 * sequence * load_i64(p + MAX_BLOCKS), load_i64(p + MAX_BLOCKS))
-    for at in range(begin, last, size):
-        keys, following = _block(p, KEYS, table[at // size], head), _block(p, VALUES, table[begin // size], head)
-        if at + size < last:
-            following = _block(p, KEYS, table[at // size + 1], head)
+    block, count, blocks = begin // size, (last - begin + size - 1) // size, (context + size - 1) // size
+    for i in range(count):
+        at, keys = begin + i * size, _read(p, table, head, block, count, blocks, i)
+        following = _read(p, table, head, block, count, blocks, i + AHEAD)
         _score(p, keys, rows, at - first, min(size, last - at), following, thread)
     _soften(p, t, rows, first, begin - first, last - first, partial, thread)
-    for at in range(begin, last, size):
-        following = 0
-        if at + size < context:
-            following = _block(p, VALUES if at + size < last else KEYS, table[at // size + 1], head)
-        values = _block(p, VALUES, table[at // size], head)
-        _mix(p, values, rows, at - first, min(size, last - at), at > begin, partial + 8 * rows, following, thread)
+    for i in range(count):
+        at, values = begin + i * size, _read(p, table, head, block, count, blocks, count + i)
+        following = _read(p, table, head, block, count, blocks, count + i + AHEAD)
+        _mix(p, values, rows, at - first, min(size, last - at), i > 0, partial + 8 * rows, following, thread)
 
 
 @inlined
-def _block(p, which, block, head):
-    """Address of a block's keys or values of a key head."""
+def _read(p, table, head, block, count, blocks, i):
+    """Address of what a segment reads as its i-th: the keys of its `count` blocks, their values, the next one's keys.
+
+    0 behind the context, which has `blocks` of them.
+    """
     dim = load_i64(p + HEAD_DIM)
-    dim = (dim + 3) // 4 * 4 if which == KEYS else (dim + 15) // 16 * 16
-    rows = (np.int64(block) * load_i64(p + KV_HEADS) + head) * load_i64(p + BLOCK_SIZE)
-    return load_i64(p + which) + rows * dim * load_i64(p + WIDTH)
+    if i < count or i >= 2 * count:
+        start, dim = load_i64(p + KEYS), (dim + 3) // 4 * 4
+        block += i if i < count else i - count
+    else:
+        start, dim = load_i64(p + VALUES), (dim + 15) // 16 * 16
+        block += i - count
+    if block >= blocks:
+        return np.int64(0)
+    rows = (np.int64(table[block]) * load_i64(p + KV_HEADS) + head) * load_i64(p + BLOCK_SIZE)
+    return start + rows * dim * load_i64(p + WIDTH)
 
 
 @native
