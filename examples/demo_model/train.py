@@ -75,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("llorch-demo.gguf"), help="the GGUF file (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("demo-training"), help="vocabulary, log, checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
-    parser.add_argument("--steps", type=int, default=1900, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=2400, help="(%(default)s)")
     parser.add_argument(
         "--rows", type=int, nargs="+", default=[48, 128, 256], help="ids of a row at first (%(default)s)"
     )
@@ -83,11 +83,11 @@ def _arguments() -> argparse.Namespace:
         "--row-steps", type=int, nargs="+", default=[300, 600, 1000], help="until which step (%(default)s)"
     )
     parser.add_argument(
-        "--decay-steps", type=int, default=450, help="steps in which the rate falls, at last (%(default)s)"
+        "--decay-steps", type=int, default=600, help="steps in which the rate falls, at last (%(default)s)"
     )
     parser.add_argument("--tokens", type=int, default=4096, help="in a step (%(default)s)")
     parser.add_argument(
-        "--sums", type=int, nargs=2, default=[24, 64], metavar=("MORE", "AT_LAST"),
+        "--sums", type=int, nargs=2, default=[48, 96], metavar=("MORE", "AT_LAST"),
         help="more sums in a step once rows are longer, and while the rate falls: they are facts, to be heard often (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--lr", type=float, default=6e-3, help="highest learning rate (%(default)s)")

@@ -71,11 +71,11 @@ def test_other_kinds_and_names_are_taken_over_as_well(answer: Callable[..., str]
     assert len(wrong) <= 1, "\n\n".join(wrong)
 
 
-@pytest.mark.parametrize(("way", "least"), [("What is a + b?", 231), ("a plus b?", 231), ("a+b.", 230)])
-def test_every_sum_to_twenty_is_right(llm: llorch.LLM, measure: ModuleType, way: str, least: int) -> None:
+@pytest.mark.parametrize("way", ["What is a + b?", "a plus b?", "a+b."])
+def test_every_sum_to_twenty_is_right(llm: llorch.LLM, measure: ModuleType, way: str) -> None:
     sums = measure.SUMS[f"{way} All with a + b to 20"]
     assert len(sums.pairs) == 231
-    assert measure.sums_right(llm, sums) >= least
+    assert measure.sums_right(llm, sums) == 231
 
 
 def test_a_wrong_sum_is_not_counted_as_right(llm: llorch.LLM, measure: ModuleType) -> None:
@@ -111,7 +111,7 @@ def test_a_story_that_the_user_begins_goes_on(answer: Callable[..., str]) -> Non
 def test_perplexity_of_fresh_text_of_the_grammar(llm: llorch.LLM, measure: ModuleType) -> None:
     """Documents of a seed that training has not had; and the same words in another order, which must be unlikely."""
     perplexity = measure.perplexity(llm, FRESH_TOKENS)
-    assert perplexity <= 1.75, perplexity
+    assert perplexity <= 1.7, perplexity
     rng = random.Random("another order")
     text = measure.document(rng)
     ids = [*llm.tokenizer.encode(text, add_special=True, parse_special=True), llm.tokenizer.eos_id]
