@@ -35,7 +35,7 @@ suite() { # suite NAME SECONDS SELECTION: tests of the conformance suite
 
 run() { # run NAME OPTIONS...: the demonstration model says what it says on numpy-cpu
   part "$1" 120 bash -c '
-    begin="Once upon a time, there was a fox named Pip who lived"  # no two tokens are nearly as likely in what follows
+    begin="But Jasper ran too fast, and it broke. He wanted to"  # no two tokens are nearly as likely in what follows
     say() { "$PYTHON" -m llorch run "$begin" --model llorch/demo/llorch-demo.gguf --cache-type f32 \
       --max-tokens 32 --temperature 0 "$@"; }
     expected=$(say --provider numpy-cpu 2>/dev/null) && found=$(say --provider "$PROVIDER" "$@") || exit 1
