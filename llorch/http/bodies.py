@@ -84,6 +84,7 @@ def sampling_fields(vocab_size: int | None) -> tuple[Field, ...]:
 @lru_cache
 def execute_fields(max_tokens_limit: int, vocab_size: int | None) -> tuple[Field, ...]:
     """The fields of POST /execute; `vocab_size` bounds top_k and is None before the model is loaded."""
+    temperature, *others = sampling_fields(vocab_size)
     return (
         JOB_ID,
         Text(
@@ -100,6 +101,7 @@ def execute_fields(max_tokens_limit: int, vocab_size: int | None) -> tuple[Field
             description=f"Most tokens to generate: by default what the context leaves, at most {max_tokens_limit}. "
             "A value beyond that room is cut to it.",
         ),
+        temperature,
         Integer(
             name="seed",
             low=0,
@@ -108,7 +110,7 @@ def execute_fields(max_tokens_limit: int, vocab_size: int | None) -> tuple[Field
             default=None,
             description="Seed of the random draws; drawn and reported in `started` where absent or null.",
         ),
-        *sampling_fields(vocab_size),
+        *others,
         Texts(
             name="stop",
             max_count=4,
