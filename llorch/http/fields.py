@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ class BodyError(InvalidRequestError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Field:
+class Field(ABC):
     """A field of a body: its rule, and how /docs describes it."""
 
     name: str
@@ -60,20 +61,21 @@ class Field:
     json_type = ""
 
     @property
+    @abstractmethod
     def constraint(self) -> str:
-        raise NotImplementedError
+        """The rule's name, as violations and /docs give it."""
 
+    @abstractmethod
     def check(self, value: Any) -> Iterator[Violation]:
         """The rules that a value breaks."""
-        raise NotImplementedError
 
     def convert(self, value: Any) -> Any:
         """The value as llorch uses it, once it is known to be right."""
         return value
 
     def rules(self) -> dict[str, Any]:
-        """JSON Schema of the rules."""
-        raise NotImplementedError
+        """JSON Schema of the rules, beside the type."""
+        return {}
 
     def schema(self) -> dict[str, Any]:
         """JSON Schema (the dialect of OpenAPI 3.0)."""

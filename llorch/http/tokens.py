@@ -38,9 +38,6 @@ class AnyText(Field):
         elif not is_unicode(value):
             yield Violation(self.name, self.constraint, "holds half of a surrogate pair, which is no character")
 
-    def rules(self) -> dict[str, Any]:
-        return {}
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenIds(Field):

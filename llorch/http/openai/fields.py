@@ -27,9 +27,6 @@ class Flag(Field):
         if not isinstance(value, bool):
             yield self.wrong_type(value)
 
-    def rules(self) -> dict[str, Any]:
-        return {}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Unsupported(Field):
@@ -45,9 +42,6 @@ class Unsupported(Field):
     def check(self, value: Any) -> Iterator[Violation]:
         if not self.asks_for_nothing(value):
             yield Violation(self.name, self.constraint, f"is not supported by this worker: {self.instead}")
-
-    def rules(self) -> dict[str, Any]:
-        return {}
 
     def schema(self) -> dict[str, Any]:
         return {"description": f"{self.description} Not supported: refused."}
@@ -146,9 +140,6 @@ class Variables(Field):
                 yield Violation(name, self.constraint, message)
             elif not (is_unicode(key) and key.isidentifier()) or (isinstance(item, str) and not is_unicode(item)):
                 yield Violation(name, "unicode", "is no name with a value that a template could take")
-
-    def rules(self) -> dict[str, Any]:
-        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ class Answer:
         self.logprobs += event.logprobs
 
 
-class Format:
+class Format(ABC):
     """The shape of one response: `head` is what all of its objects begin with."""
 
     kind = ""
@@ -62,11 +63,13 @@ class Format:
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "object": self.chunk_kind, "choices": [choice]}
 
+    @abstractmethod
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        raise NotImplementedError
+        """A choice of the whole response."""
 
+    @abstractmethod
     def _part(self, index: int, text: str, logprobs: Sequence[TokenLogprobs], reason: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+        """A choice of one chunk."""
 
     def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """As OpenAI counts: each prompt once, however many answers it has; what of it was cached, of its first."""

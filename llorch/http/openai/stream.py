@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ DONE = b"data: [DONE]\n\n"
 Events = Inbox[tuple[int, Event]]
 
 
-class Reply:
+class Reply(ABC):
     """The jobs of one request and their client. `events` is where job i delivers its events, as (i, event).
 
     However the response ends, the engine's jobs have ended or are cancelled.
@@ -46,8 +47,9 @@ class Reply:
             self._events.close()
             self._close()
 
+    @abstractmethod
     async def _respond(self, send: Send) -> None:
-        raise NotImplementedError
+        """Sends the response, from its start to its end."""
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

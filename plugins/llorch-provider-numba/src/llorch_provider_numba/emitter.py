@@ -152,7 +152,7 @@ class _Kernel:
 
     def _prefetch(self, address: ir.Value, lines: int) -> None:
         """Asks for what lies ahead, into the first-level cache: the hardware alone does not keep memory busy from a few
-        cores, and what waits in the second level costs a core that computes a tenth to a half."""
+        cores, and a core that computes still waits for what is in the second level."""
         b, stay = self.b, ONCE if self.tokens == 1 else AGAIN
         fetch = intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), [BYTES, I32, I32, I32])
         for line in range(lines):
