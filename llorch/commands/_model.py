@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from llorch.commands._terminal import console, loading
+from llorch.commands._terminal import console, loading, log_plainly
 from llorch.demo import DEMO_NOTICE
 from llorch.settings import ModelSettings
 
@@ -17,6 +17,7 @@ def load_model(settings: ModelSettings, **changes: Any) -> LLM:
     """llorch.load with these settings, `changes` instead of some; progress and the start lines on standard error."""
     import llorch  # here, so that --help and a mistake need no NumPy
 
+    log_plainly()
     with loading() as progress:
         llm = llorch.load(settings.model, **settings.load_options() | changes, progress=progress)
     if settings.is_demo:

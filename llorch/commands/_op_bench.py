@@ -18,7 +18,7 @@ from pydantic_settings import SettingsConfigDict
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from llorch.commands._terminal import console, status
+from llorch.commands._terminal import console, log_plainly, status
 from llorch.errors import SettingsError
 from llorch.settings import ReportSettings, StringList, parse
 
@@ -85,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
     from llorch.providers import registry  # after parsing: --help and a mistake need no NumPy
     from llorch.providers.device import DeviceOptions
 
+    log_plainly()
     for name in providers:
         provider, _ = registry.choose(name)
         device = provider.open(settings.device, DeviceOptions(threads=settings.threads))

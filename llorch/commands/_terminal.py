@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -80,6 +81,13 @@ def animated() -> Console | None:
     """Standard error where things may move on it: FORCE_COLOR makes a pipe colourful, not a terminal."""
     terminal = console(sys.stderr)
     return terminal if terminal.is_interactive and sys.stderr.isatty() else None
+
+
+def log_plainly() -> None:
+    """Shows on standard error, as it is, what llorch and its providers log: that a first start compiles, say."""
+    logging.getLogger("llorch").setLevel(logging.INFO)
+    if logging.lastResort is not None:  # unlike any other handler it finds the bar of `loading` before it
+        logging.lastResort.setLevel(logging.INFO)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llorch.commands._memory import Need, needs, rows_of, size
-from llorch.commands._terminal import console, loading
+from llorch.commands._terminal import console, loading, log_plainly
 from llorch.errors import ModelError
 from llorch.settings import ReportSettings, parse
 
@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     settings = parse(InspectSettings, argv, "llorch inspect")
     from llorch.core.model_files import open_model
 
+    log_plainly()
     with loading() as progress:
         file = open_model(settings.model, progress)
     with file:

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import uuid
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import structlog
 from litestar.enums import ScopeType
@@ -45,7 +45,7 @@ def configure_logging(log_format: LogFormat, level: str) -> bool:
         foreign_pre_chain=shared,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers(as_json, colours)],
     )
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _TerminalHandler() if terminal else logging.StreamHandler(sys.stdout)
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers = [handler]
@@ -53,6 +53,21 @@ def configure_logging(log_format: LogFormat, level: str) -> bool:
     for noisy in ("uvicorn", "httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return as_json
+
+
+class _TerminalHandler(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stdout is now: while a bar is shown it is what moves the bar out of the way."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, stream: TextIO) -> None:
+        raise NotImplementedError
 
 
 def _renderers(as_json: bool, colors: bool) -> list[structlog.types.Processor]:

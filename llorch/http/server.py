@@ -61,7 +61,11 @@ def serve(settings: ServeSettings, loading: Loading | None = None) -> None:
     """
     as_json = configure_logging(settings.log_format, settings.log_level)
     sys.setswitchinterval(SWITCH_SECONDS)
-    listener = bind(settings)
+    try:
+        listener = bind(settings)
+    except SettingsError as error:
+        log.error("cannot start", reason=str(error))
+        raise
     with contextlib.closing(listener):
         asyncio.run(WorkerProcess(settings, listener, None if as_json else loading).run())
 
@@ -136,8 +140,8 @@ class WorkerProcess:
             starting.add_done_callback(self._started)
             heart = asyncio.create_task(self._beat(worker, starting))
             await self._stopping.wait()
+            self._log_end(starting)
             starting.cancel()
-            log.info("shutting down", timeout_s=self._settings.shutdown_timeout)
             await worker.drain(self._settings.shutdown_timeout if self._engine.fatal is None else LAST_SECONDS)
             if self._engine.fatal is not None:
                 await asyncio.sleep(LAST_SECONDS)
@@ -147,9 +151,17 @@ class WorkerProcess:
             if self._tracer is not None:
                 await asyncio.to_thread(self._tracer.close)
             await self._stop_engine()
-        log.info("stopped")
         if self._failure is not None:
             raise self._failure
+        log.info("stopped")
+
+    def _log_end(self, starting: asyncio.Task[None]) -> None:
+        """Why the worker ends, and that it does where there is something to end."""
+        if self._failure is not None:
+            failed = "cannot start" if not starting.done() or starting.exception() is not None else "worker failed"
+            log.error(failed, reason=str(self._failure))
+        if self._engine.ready or self._failure is None:
+            log.info("shutting down", timeout_s=self._settings.shutdown_timeout)
 
     def _on_fatal(self) -> None:
         """On a thread of the engine's: nothing can be served any more, and a supervisor is to see it."""

@@ -14,6 +14,7 @@ from llorch.providers.device import (
     MemoryNeed,
     Provider,
 )
+from llorch.providers.kept_files import KeptFiles
 from llorch.providers.memory_limit import MemoryLimit
 from llorch.providers.spec import (
     ACCEPTED_API_VERSIONS,
@@ -62,6 +63,7 @@ __all__ = [
     "HostWeight",
     "Inputs",
     "KVCache",
+    "KeptFiles",
     "Kernel",
     "LayerOps",
     "MatmulGroupSpec",

@@ -149,6 +149,21 @@ def test_a_callback_in_test_mode_is_skipped(start: Start) -> None:
     assert server.wait() == 0
 
 
+def test_a_start_where_nothing_can_be_kept_takes_longer_and_says_so(start: Start, tmp_path: Path) -> None:
+    pytest.importorskip("llorch_provider_numba")
+    (tmp_path / "file").touch()
+    server = start("--provider", "numba-cpu", env={"XDG_CACHE_HOME": str(tmp_path / "file")}).wait_healthy()
+    with server.client() as client:
+        assert run(client, job_id="a", max_tokens=2, **JOB)[-1]["type"] == "end"
+    (warning,) = (line for line in server.lines if line["level"] == "warning")
+    assert str(tmp_path / "file" / "llorch") in warning["event"]
+    assert "Not a directory" in warning["event"]
+    assert "half a minute" in warning["event"]
+    assert [line for line in server.lines if line["event"].startswith("numba-cpu compiles the operations")]
+    server.close()
+    assert server.stderr == ""
+
+
 # ---- what cannot start ----
 
 
@@ -160,13 +175,26 @@ def ends(server: Server, status: int) -> str:
     return server.stderr
 
 
+def logs_why(server: Server, reason: str) -> None:
+    """It has logged why it ended, and nothing that did not happen."""
+    (error,) = server.logged("cannot start")
+    assert error["level"] == "error"
+    assert reason in error["reason"]
+    assert not server.logged("shutting down")
+    assert not server.logged("stopped")
+
+
 def test_a_port_in_use(start: Start, server: Server) -> None:
     port = httpx.URL(server.url).port
-    assert f"port {port}" in ends(start(port=port), 2)
+    second = start(port=port)
+    assert f"port {port}" in ends(second, 2)
+    logs_why(second, f"port {port}")
 
 
 def test_a_model_that_is_not_there(start: Start, tmp_path: Path) -> None:
-    assert "missing.gguf" in ends(start(model=tmp_path / "missing.gguf"), 1)
+    server = start(model=tmp_path / "missing.gguf")
+    assert "missing.gguf" in ends(server, 1)
+    logs_why(server, "missing.gguf")
 
 
 def test_a_model_that_is_none(start: Start, tmp_path: Path) -> None:

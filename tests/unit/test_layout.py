@@ -36,6 +36,7 @@ SEAM = [
     "HostWeight",
     "Inputs",
     "KVCache",
+    "KeptFiles",
     "Kernel",
     "LayerOps",
     "MatmulGroupSpec",

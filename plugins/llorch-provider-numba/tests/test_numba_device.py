@@ -96,7 +96,7 @@ def test_weights_lie_side_by_side() -> None:
 
 @pytest.mark.parametrize("what", ["version", "cpu", "source"])
 def test_another_state_of_things_has_another_folder(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = compiler.cache_folder()
+    here = compiler.kept_files().folder
     if what == "version":
         monkeypatch.setattr(compiler.metadata, "version", lambda name: "0")
     elif what == "cpu":
@@ -104,10 +104,8 @@ def test_another_state_of_things_has_another_folder(what: str, tmp_path: Path, m
     else:
         (tmp_path / "compiler.py").write_text("another")
         monkeypatch.setattr(compiler, "__file__", str(tmp_path / "compiler.py"))
-    compiler.cache_folder.cache_clear()
+    compiler.kept_files.cache_clear()
     try:
-        other = compiler.cache_folder()
-        assert other != here
-        other.rmdir()
+        assert compiler.kept_files().folder != here
     finally:
-        compiler.cache_folder.cache_clear()
+        compiler.kept_files.cache_clear()

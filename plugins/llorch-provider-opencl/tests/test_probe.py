@@ -11,6 +11,7 @@ import pytest
 from llorch_provider_opencl import probe, provider, runtimes
 
 from llorch.errors import ProviderUnavailableError
+from llorch.providers import KeptFiles
 
 CRASH = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
 LISTING = '[{"platform": 0, "device": 0, "kind": "gpu", "description": "Bad Card"}, ' + (
@@ -93,7 +94,7 @@ def test_importing_the_provider_loads_no_opencl() -> None:
 @pytest.fixture
 def vendors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The provider's own folder of .icd files, in a cache of the test's own."""
-    monkeypatch.setattr(runtimes, "cache_folder", lambda name: tmp_path)
+    monkeypatch.setattr(runtimes, "kept_files", lambda name: KeptFiles(tmp_path, ""))
     monkeypatch.setenv("OCL_ICD_VENDORS", "")  # set here, so that it is restored
     return tmp_path
 
@@ -108,6 +109,25 @@ def test_the_cpu_runtime_is_named_beside_the_systems(vendors: Path, monkeypatch:
     assert os.environ["OCL_ICD_VENDORS"] == str(vendors)
     found = {path.name: path.read_text().strip() for path in vendors.glob("*.icd")}
     assert found == {"card.icd": "libcard.so", "llorch-intel.icd": str(library)}
+
+
+@pytest.mark.parametrize("temporary", [True, False])
+def test_where_the_cache_cannot_be_written_the_folder_is_a_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: bool
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path if temporary else tmp_path / "file"))
+    monkeypatch.setenv("OCL_ICD_VENDORS", "")
+    monkeypatch.setattr(runtimes, "intel_library", lambda: tmp_path / "libintelocl.so")
+    if temporary:
+        runtimes.show_runtimes(tmp_path / "no-system")
+        folder = Path(os.environ["OCL_ICD_VENDORS"])
+        assert folder.parent == tmp_path
+        assert [path.name for path in folder.iterdir()] == ["llorch-intel.icd"]
+    else:
+        with pytest.raises(ProviderUnavailableError, match="set XDG_CACHE_HOME or TMPDIR"):
+            runtimes.show_runtimes()
 
 
 def test_a_users_own_choice_of_runtimes_stands(vendors: Path, monkeypatch: pytest.MonkeyPatch) -> None:

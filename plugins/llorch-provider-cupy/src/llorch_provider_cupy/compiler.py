@@ -9,13 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
-from llorch.providers import ProviderError, ProviderUnavailableError
+from llorch.providers import KeptFiles, ProviderError, ProviderUnavailableError
 from llorch_provider_cupy.programs import Program
 
 
@@ -109,18 +108,16 @@ class Binaries:
 
     def __init__(self, nvrtc: Nvrtc, folder: Path | None = None) -> None:
         self._nvrtc = nvrtc
-        self._folder = folder or Path(platformdirs.user_cache_dir("llorch")) / "cuda" / "programs"
+        folder = folder or Path(platformdirs.user_cache_dir("llorch")) / "cuda" / "programs"
+        self._kept = KeptFiles(folder, "of cupy-cuda compiles its kernels, for some seconds")
 
     def get(self, program: Program, capability: tuple[int, int]) -> bytes:
         """Raises ProviderError with the compiler's lines."""
         target = self._nvrtc.target(capability)
         parts = (str(self._nvrtc.version), target, *program.defines, program.source)
-        path = self._folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.bin"
-        if path.exists():
-            return path.read_bytes()
-        binary, _ = self._nvrtc.compile(program, target)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")  # a reader sees all of it or nothing
-        temporary.write_bytes(binary)
-        temporary.replace(path)
+        file = f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.bin"
+        binary = self._kept.read(file)
+        if binary is None:
+            binary, _ = self._nvrtc.compile(program, target)
+            self._kept.write(file, binary)
         return binary

@@ -2,11 +2,11 @@
 
 A folder of the user's cache holds the kernels of one state of things: its name is a hash of this package's source, the
 versions of numba, llvmlite and Python, and the CPU. Another state has another folder, so nothing stale is ever loaded.
-Files are written whole under a name of their own and then renamed: first runs of several processes may coincide.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -23,6 +23,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import platformdirs
 
+from llorch.providers import KeptFiles
 from llorch_provider_numba import emitter, softmax
 from llorch_provider_numba.formats import FORMATS
 from llorch_provider_numba.hosts import Host
@@ -34,8 +35,8 @@ _engines: list[object] = []  # compiled code lives as long as the process
 
 
 @functools.cache
-def cache_folder() -> Path:
-    """The folder of this state of things, made if need be."""
+def kept_files() -> KeptFiles:
+    """The folder of this state of things."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
@@ -44,19 +45,16 @@ def cache_folder() -> Path:
     digest.update(repr((*versions, sys.version, platform.machine(), cpu)).encode())
     parent = Path(platformdirs.user_cache_dir("llorch")) / "numba"
     folder = parent / digest.hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
+    with contextlib.suppress(OSError):  # it is not there yet, or not this user's to change
+        os.utime(folder)
+        _remove_old(parent, folder)
+    return KeptFiles(folder, "of numba-cpu compiles its operations, for half a minute")
+
+
+def _remove_old(parent: Path, used: Path) -> None:
     for other in parent.iterdir():
-        if other != folder and other.stat().st_mtime < time.time() - KEPT_SECONDS:
+        if other != used and other.stat().st_mtime < time.time() - KEPT_SECONDS:
             shutil.rmtree(other, ignore_errors=True)  # another process may be removing it too
-    return folder
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)  # a cache may be cleared at any time
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 @functools.cache
@@ -130,17 +128,5 @@ def loaded(content: bytes) -> Any:
 
 
 def kept(name: str, what: str, make: Callable[[], bytes]) -> bytes:
-    """A file of the cache, made first where it is not there."""
-    path = cache_folder() / name
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        announce(what)
-        content = make()
-        write_atomically(path, content)
-        return content
-
-
-def announce(what: str) -> None:
-    """The first start takes a while: say at what."""
-    print(f"numba-cpu compiles {what} (once, kept in {cache_folder()})", file=sys.stderr, flush=True)
+    """A file of the cache, made first where it is not there: the first start says at what it takes a while."""
+    return kept_files().get(name, make, f"numba-cpu compiles {what}")

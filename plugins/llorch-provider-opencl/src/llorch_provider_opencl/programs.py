@@ -10,11 +10,10 @@ import logging
 import warnings
 from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from llorch.providers import ProviderError
-from llorch_provider_opencl.runtimes import cache_folder, import_pyopencl, write_atomically
+from llorch.providers import KeptFiles, ProviderError
+from llorch_provider_opencl.runtimes import import_pyopencl, kept_files
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +29,9 @@ def source(*names: str) -> str:
 class Programs:
     """Builds each program once for a context; `get` is called while a model is bound, never in its hot loop."""
 
-    def __init__(self, context: Any, device: Any, options: str = "", folder: Path | None = None) -> None:
+    def __init__(self, context: Any, device: Any, options: str = "", kept: KeptFiles | None = None) -> None:
         self._context, self._device, self._options = context, device, options
-        self._folder = folder or cache_folder("programs")
+        self._kept = kept or kept_files("programs")
         self._built: dict[tuple[str, str], Any] = {}
 
     def get(self, code: str, macros: Macros) -> Any:
@@ -43,19 +42,21 @@ class Programs:
             self._built[key] = self._load(*key) or self._compile(*key)
         return self._built[key]
 
-    def path(self, code: str, options: str) -> Path:
-        """Where the binary of this source and these options lies."""
+    def file(self, code: str, options: str) -> str:
+        """The name of the file that holds the binary of this source and these options."""
         device = self._device
         parts = (device.platform.name, device.platform.version, device.name, device.driver_version, code, options)
-        return self._folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.bin"
+        return f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.bin"
 
     def _load(self, code: str, options: str) -> Any:
-        cl, path = import_pyopencl(), self.path(code, options)
-        if not path.exists():
+        cl, file = import_pyopencl(), self.file(code, options)
+        binary = self._kept.read(file)
+        if binary is None:
             return None
         try:
-            return _build(cl.Program(self._context, [self._device], [path.read_bytes()]), options)
+            return _build(cl.Program(self._context, [self._device], [binary]), options)
         except cl.Error as error:
+            path = self._kept.folder / file
             logger.warning("the kept binary %s is not usable and is built anew: %s", path, error)
             return None
 
@@ -69,7 +70,7 @@ class Programs:
                 f"with {options!r}. The compiler says:\n{error}"
             ) from error
         (binary,) = program.get_info(cl.program_info.BINARIES)
-        write_atomically(self.path(code, options), binary)
+        self._kept.write(self.file(code, options), binary)
         return program
 
 

@@ -8,15 +8,19 @@ keeps a folder of its own with the system's files copied beside a one-line file 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import shutil
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 import platformdirs
 
-from llorch.providers import ProviderUnavailableError
+from llorch.providers import KeptFiles, ProviderUnavailableError
 
 SYSTEM_VENDORS = Path("/etc/OpenCL/vendors")
 INTEL_DISTRIBUTION, INTEL_LIBRARY = "intel-opencl-rt", "libintelocl.so"
@@ -26,19 +30,10 @@ INSTALL = (
 )
 
 
-def cache_folder(name: str) -> Path:
-    """A folder of the provider's own below the user's cache, made if need be."""
+def kept_files(name: str) -> KeptFiles:
+    """A folder of the provider's own below the user's cache."""
     folder = Path(platformdirs.user_cache_dir("llorch")) / "opencl" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one: first runs of several processes may coincide."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # a cache may be cleared at any time
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    return KeptFiles(folder, "of opencl builds its kernels, for some seconds")
 
 
 def intel_library() -> Path | None:
@@ -56,20 +51,45 @@ def show_runtimes(system: Path = SYSTEM_VENDORS) -> None:
     library = intel_library()
     if library is None or sys.platform != "linux" or os.environ.get("OCL_ICD_VENDORS"):
         return
-    folder = cache_folder("vendors")
+    kept = kept_files("vendors")
+    if kept.problem is not None:
+        kept = KeptFiles(_temporary_folder(), "of opencl makes it")
     wanted = {"llorch-intel.icd": f"{library}\n".encode()}
     wanted |= {path.name: path.read_bytes() for path in system.glob("*.icd")} if system.is_dir() else {}
-    for path in folder.glob("*.icd"):
+    for path in kept.folder.glob("*.icd"):
         if path.name not in wanted:
             path.unlink(missing_ok=True)
     for name, content in wanted.items():
-        write_atomically(folder / name, content)
-    os.environ["OCL_ICD_VENDORS"] = str(folder)
+        kept.write(name, content)
+    os.environ["OCL_ICD_VENDORS"] = str(kept.folder)
+
+
+def _do_without_cache() -> None:
+    """pyopencl fails where its own cache cannot be written, and PoCL then finds no device."""
+    os.environ.setdefault("PYOPENCL_NO_CACHE", "1")
+    if "POCL_CACHE_DIR" not in os.environ:
+        with contextlib.suppress(ProviderUnavailableError):  # other runtimes may need no folder
+            os.environ["POCL_CACHE_DIR"] = str(_temporary_folder())
+
+
+def _temporary_folder() -> Path:
+    """One of this process. Raises ProviderUnavailableError where none can be made."""
+    try:
+        folder = tempfile.mkdtemp(prefix="llorch-opencl-")
+    except OSError as error:
+        raise ProviderUnavailableError(
+            f"neither the user's cache nor a temporary folder can be written ({error.strerror}), which the CPU "
+            "runtime needs: set XDG_CACHE_HOME or TMPDIR"
+        ) from error
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def import_pyopencl() -> ModuleType:
     """pyopencl, with every runtime in sight. Raises ProviderUnavailableError where it cannot be imported."""
     if "pyopencl" not in sys.modules:
+        if kept_files("programs").problem is not None:
+            _do_without_cache()
         show_runtimes()
     try:
         import pyopencl
