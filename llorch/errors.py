@@ -40,7 +40,13 @@ class LlorchError(Exception):
 
 
 class SettingsError(LlorchError):
+    """`setting`: the one that is wrong, by its field's name, where that is known."""
+
     code = "INVALID_SETTING"
+
+    def __init__(self, message: str, setting: str = "") -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class ModelError(LlorchError):

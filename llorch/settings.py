@@ -7,30 +7,36 @@ Its value comes from the command line (`--cache-type f16`), else the environment
 from __future__ import annotations
 
 import argparse
-import difflib
+import contextlib
 import importlib
 import json
 import os
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import pydantic_settings as ps
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BeforeValidator, Field, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
+from pydantic_core import PydanticUndefined
 
 from llorch import cli
 from llorch.demo import DEMO_MODEL
 from llorch.errors import SettingsError
+from llorch.setting_errors import Origins, expected
+from llorch.setting_sources import (
+    CONFIG,
+    ENV_PREFIX,
+    TOML,
+    TomlSource,
+    check_variables,
+    config_file,
+    fields_of,
+    suggest,
+    variables,
+)
 
-ENV_PREFIX = "LLORCH_"
-TOML = "llorch.toml"
 _NONE = "\0"  # what pydantic-settings reads as None; a prompt or name may well be "null", but no argument holds a NUL
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT", "list[str]": "TEXT"}
-_NOUNS = {int: "a whole number", float: "a number", bool: "true or false"}
 _EPILOG = (
     f"An option is also an environment variable (--cache-type: {ENV_PREFIX}CACHE_TYPE) "
     f"and a key of {TOML} in the working directory (cache_type); the command line counts most, {TOML} least."
@@ -58,6 +64,15 @@ def _memory(value: object) -> object:
     return value if value is None else str(value)
 
 
+def _path(value: object) -> object:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("expected a path")
+    return value
+
+
+NamedPath = Annotated[Path, BeforeValidator(_path)]
+"""A path that is not empty: pydantic takes "" for the working directory."""
+
 GpuMemory = Annotated[str | None, BeforeValidator(_memory)]
 
 StringList = Annotated[list[str], ps.NoDecode, BeforeValidator(_split)]
@@ -78,6 +93,9 @@ class CommandSettings(ps.BaseSettings):
     )
 
     debug: bool = Field(False, description="show the traceback of an error")
+    config: NamedPath | None = Field(None, description=f"file to read instead of {TOML} in the working directory")
+
+    _origins: Origins | None = PrivateAttr(None)
 
     @classmethod
     def settings_customise_sources(
@@ -88,7 +106,22 @@ class CommandSettings(ps.BaseSettings):
         dotenv_settings: ps.PydanticBaseSettingsSource,
         file_secret_settings: ps.PydanticBaseSettingsSource,
     ) -> tuple[ps.PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, ps.InitSettingsSource(settings_cls, _toml_values(settings_cls))
+        return init_settings, env_settings, TomlSource(settings_cls, {})
+
+    @property
+    def file(self) -> Path | None:
+        """The file that was read; None where there was none."""
+        return None if self._origins is None else self._origins.file
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Adds to a SettingsError, which may come long after the settings were read, where the setting was written."""
+        try:
+            yield
+        except SettingsError as error:
+            if self._origins is None or error.setting not in self.model_fields_set:
+                raise
+            raise SettingsError(self._origins.with_origin(error.setting, str(error))) from error
 
 
 class ReportSettings(CommandSettings):
@@ -100,7 +133,7 @@ class ReportSettings(CommandSettings):
 class ModelSettings(CommandSettings):
     """What every command that loads a model takes."""
 
-    model: Path = Field(
+    model: NamedPath = Field(
         DEMO_MODEL,
         description="GGUF file, or hf:OWNER/REPO[:FILE or QUANT] to download; a small demonstration model by default",
     )
@@ -159,14 +192,17 @@ def parse(settings: type[Settings], argv: Sequence[str], prog: str) -> Settings:
     parser, source = _prepared(settings, prog)
     try:
         source(args=list(argv))
+        check_variables(settings, parser.given)
+        origins = Origins(parser, argv, config_file(parser.config or os.environ.get(variables().get(CONFIG, ""))))
         keywords: dict[str, Any] = {"_cli_settings_source": source}  # unpacked, as type checkers know the fields alone
         found = settings(**keywords)
     except ValidationError as error:
-        lines = [_explain(settings, details, argv, parser) for details in error.errors()]
+        lines = [origins.explain(settings, details) for details in error.errors()]
         more = [f"and {len(lines) - 2} more"] if len(lines) > 2 else []
         raise SettingsError("\n".join(lines[:2] + more)) from error
     except ps.SettingsError as error:
         raise SettingsError(str(error)) from error
+    found._origins = origins
     cli.tracebacks = cli.tracebacks or found.debug
     return found
 
@@ -178,14 +214,14 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     return _prepared(settings, f"llorch {command}")[0]
 
 
-def _prepared(settings: type[CommandSettings], prog: str) -> tuple[_Parser, ps.CliSettingsSource[Any]]:
+def _prepared(settings: type[CommandSettings], prog: str) -> tuple[CommandParser, ps.CliSettingsSource[Any]]:
     """A parser with the settings' options, and the source that reads settings through it."""
-    parser = _Parser(prog, settings.__doc__)
+    parser = CommandParser(prog, settings.__doc__)
     source: ps.CliSettingsSource[Any] = ps.CliSettingsSource(
         settings,
         root_parser=parser,
-        parse_args_method=_Parser.parse_literally,
-        add_argument_method=_Parser.add_setting,
+        parse_args_method=CommandParser.parse_literally,
+        add_argument_method=CommandParser.add_setting,
     )
     return parser, source
 
@@ -196,22 +232,23 @@ def assign(settings: CommandSettings, field: str, text: str) -> None:
         settings.__pydantic_validator__.validate_assignment(settings, field, text)
     except ValidationError as error:
         info = type(settings).model_fields[field]
-        raise SettingsError(f"{field}: {_expected(info, error.errors()[0])}, not {text!r}") from error
+        raise SettingsError(f"{field}: {expected(info, error.errors()[0])}, not {text!r}") from error
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """argparse under pydantic-settings, with the project's errors and a help text without its type names."""
 
     def __init__(self, prog: str, description: str | None) -> None:
         self.names: dict[str, list[str]] = {}  # field: its options, or the positional's name
         self.given: set[str] = set()  # fields on the command line
+        self.config: str | None = None  # the file that it names
         super().__init__(
             prog=prog, description=description, epilog=_EPILOG, allow_abbrev=False, formatter_class=_help_formatter
         )
         # a command's own options come first, those it shares with others below
         model, general = self.add_argument_group("model options"), self.add_argument_group("general options")
-        self._groups = dict.fromkeys(_fields(ChatModelSettings), model) | dict.fromkeys(
-            _fields(ReportSettings), general
+        self._groups = dict.fromkeys(fields_of(ChatModelSettings), model) | dict.fromkeys(
+            fields_of(ReportSettings), general
         )
 
     def add_setting(self, *names: str, **kwargs: Any) -> argparse.Action:
@@ -231,6 +268,7 @@ class _Parser(argparse.ArgumentParser):
         """Repeated options become JSON: pydantic-settings would split at commas, strip spaces and read escapes."""
         found = self.parse_args(args, namespace)
         self.given = {name for name, value in vars(found).items() if value is not PydanticUndefined}
+        self.config = getattr(found, CONFIG) if CONFIG in self.given else None
         for name, value in vars(found).items():
             if isinstance(value, list):
                 setattr(found, name, json.dumps(value))
@@ -250,110 +288,3 @@ class _Parser(argparse.ArgumentParser):
 
 def _help_formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, max_help_position=32)
-
-
-def _fields(settings: type[ps.BaseSettings]) -> dict[str, FieldInfo]:
-    """The fields by the name a user writes, with underscores."""
-    named = settings.model_fields.items()
-    return {info.validation_alias if isinstance(info.validation_alias, str) else name: info for name, info in named}
-
-
-def suggest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean ...?`, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-# ---- llorch.toml ----
-
-
-def _toml_values(settings: type[ps.BaseSettings]) -> dict[str, Any]:
-    """What llorch.toml says for this command; keys of other commands are passed over."""
-    path = Path(TOML)
-    if not path.is_file():
-        return {}
-    try:
-        data = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise SettingsError(f"{TOML} cannot be read: {error}") from error
-    written = {key.replace("-", "_"): key for key in data}
-    own = _fields(settings).keys()
-    if foreign := written.keys() - own:
-        known = _known_keys() | own
-        for key in foreign - known:
-            hint = suggest(key, sorted(known)) or "; keys are the options of the commands, such as model or cache_type"
-            raise SettingsError(f"{TOML}: unknown key {written[key]!r}{hint}")
-    return {key: data[name] for key, name in written.items() if key in own}
-
-
-def _known_keys() -> set[str]:
-    """The fields of every command's settings."""
-    for name in cli.COMMANDS:
-        importlib.import_module(f"llorch.commands.{name.replace('-', '_')}")
-
-    def fields(settings: type[CommandSettings]) -> Iterator[str]:
-        yield from _fields(settings)
-        for derived in settings.__subclasses__():
-            yield from fields(derived)
-
-    return set(fields(CommandSettings))
-
-
-# ---- validation errors as a user reads them ----
-
-
-def _explain(settings: type[CommandSettings], details: ErrorDetails, argv: Sequence[str], parser: _Parser) -> str:
-    if not details["loc"]:  # a rule over several settings says itself which
-        return _reason(details)
-    field = str(details["loc"][0])
-    info = _fields(settings)[field]
-    name = parser.names[field][0]
-    if details["type"] == "missing":
-        before = name if name.startswith("-") else parser.prog
-        example = f", for example {before} {info.examples[0]}" if info.examples else ""
-        return f"{name} is missing{example} (or set {ENV_PREFIX}{field.upper()}, or {field} in {TOML})"
-    value = "" if "Secret" in repr(info.annotation) else f", not {details['input']!r}"
-    return f"{_origin(field, argv, parser)}: {_expected(info, details)}{value}"
-
-
-def _origin(field: str, argv: Sequence[str], parser: _Parser) -> str:
-    """Where the value was written, as it was written there."""
-    names = parser.names[field]
-    if field in parser.given:
-        options = [*names, *(f"--no-{name.removeprefix('--')}" for name in names)]
-        written = (o for o in options for a in argv if a.split("=")[0] == o or (len(o) == 2 and a.startswith(o)))
-        return next(written, names[0])
-    variable = ENV_PREFIX + field.upper()
-    return variable if variable in {name.upper() for name in os.environ} else f"{field} in {TOML}"
-
-
-def _reason(details: ErrorDetails) -> str:
-    """The message of a validator's own ValueError, else pydantic's."""
-    return str(details.get("ctx", {}).get("error", details["msg"]))
-
-
-def _expected(info: FieldInfo, details: ErrorDetails) -> str:
-    if details["type"] == "value_error":
-        return _reason(details)
-    if details["type"] == "literal_error":
-        return f"expected {details['ctx']['expected']}"
-    noun = next((noun for kind, noun in _NOUNS.items() if kind in (info.annotation, *get_args(info.annotation))), None)
-    if noun is None:
-        return details["msg"].replace("Input should be", "expected")
-    return f"expected {noun}{_bounds(info)}"
-
-
-def _bounds(info: FieldInfo) -> str:
-    """The field's limits in words."""
-    words = []
-    for rule in info.metadata:
-        match rule:
-            case Ge(low):
-                words.append(f"at least {low}")
-            case Gt(low):
-                words.append(f"above {low}")
-            case Le(high):
-                words.append(f"at most {high}")
-            case Lt(high):
-                words.append(f"below {high}")
-    return f", {' and '.join(words)}" if words else ""

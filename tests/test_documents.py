@@ -20,7 +20,7 @@ from docs import settings_table
 from llorch.core.requests import Ended, Started, StopReason, Token
 from llorch.errors import CancelledError
 from llorch.http import sse
-from llorch.settings import _known_keys
+from llorch.setting_sources import known_keys
 from tests.snippets import Reader, blocks_of, commands_of, matches, not_run
 from tests.support import ROOT
 
@@ -75,7 +75,7 @@ def check_toml(text: str, reader: Reader) -> None:
     """Keys of llorch.toml are settings; entry points are installed beside the document's modules."""
     values = tomllib.loads(text)
     if "project" not in values:
-        assert values.keys() <= _known_keys()
+        assert values.keys() <= known_keys()
         return
     [(group, points)] = values["project"]["entry-points"].items()
     metadata = reader.scratch / "document-1.0.dist-info"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from llorch.commands._generation import SamplingSettings
 from llorch.commands._terminal import printable
 from llorch.errors import SettingsError
-from llorch.settings import CommandSettings, assign, suggest
+from llorch.setting_sources import suggest
+from llorch.settings import CommandSettings, assign
 
 if TYPE_CHECKING:
     from llorch.commands.chat import ChatSession

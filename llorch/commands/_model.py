@@ -18,7 +18,7 @@ def load_model(settings: ModelSettings, **changes: Any) -> LLM:
     import llorch  # here, so that --help and a mistake need no NumPy
 
     log_plainly()
-    with loading() as progress:
+    with settings.explaining(), loading() as progress:
         llm = llorch.load(settings.model, **settings.load_options() | changes, progress=progress)
     if settings.is_demo:
         print(DEMO_NOTICE, file=sys.stderr)

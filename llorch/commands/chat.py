@@ -19,7 +19,8 @@ from llorch.commands._line_editor import LineEditor, Typed
 from llorch.commands._model import load_model
 from llorch.commands._terminal import console, writer
 from llorch.errors import LlorchError, SettingsError
-from llorch.settings import ChatModelSettings, parse, suggest
+from llorch.setting_sources import suggest
+from llorch.settings import ChatModelSettings, parse
 
 if TYPE_CHECKING:
     from llorch import LLM

@@ -139,7 +139,8 @@ def limits_of(config: ModelConfig, context: int | None, parallel: int, chunk: in
     """The limits of a model that is loaded with these settings. Raises SettingsError."""
     if context is not None and not 1 < context <= config.context_length:
         raise SettingsError(
-            f"context {context} is outside 2 to {config.context_length}, the context this model was trained for"
+            f"context {context} is outside 2 to {config.context_length}, the context this model was trained for",
+            setting="context",
         )
     if parallel < 1 or chunk < 1:
         raise SettingsError(f"parallel is {parallel} and chunk is {chunk}: both must be at least 1")

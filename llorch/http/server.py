@@ -262,7 +262,8 @@ class WorkerProcess:
             self._show_load(fraction, text)
 
         report(0.0, "starting")
-        return load(self._settings.model, **self._settings.load_options(), progress=report)
+        with self._settings.explaining():
+            return load(self._settings.model, **self._settings.load_options(), progress=report)
 
     def _logged_loading(self) -> contextlib.AbstractContextManager[Progress]:
         return contextlib.nullcontext(LoadReport(str(self._settings.model), self._uri))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from llorch.settings import ChatModelSettings
+from llorch.settings import ChatModelSettings, NamedPath
 
 TEST_CALLBACK = "localhost:9999"
 
@@ -18,6 +20,9 @@ class ServeSettings(ChatModelSettings):
     port: int = Field(8080, ge=0, le=65535, description="port to listen on; 0 takes any that is free and prints it")
     api_key: SecretStr | None = Field(
         None, description="keys that clients must send, separated by commas; better set as LLORCH_API_KEY"
+    )
+    api_key_file: NamedPath | None = Field(
+        None, description="file with more such keys, one a line; empty lines and those that begin with # do not count"
     )
     insecure: bool = Field(False, description="allow an address that others can reach without an API key")
 
@@ -67,12 +72,29 @@ class ServeSettings(ChatModelSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
 
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _joined(cls, value: object) -> object:
+        """A list, as llorch.toml may have it."""
+        if not isinstance(value, list):
+            return value
+        if not all(isinstance(key, str) and "," not in key for key in value):
+            raise ValueError("expected texts without commas")
+        return ",".join(value)
+
     @field_validator("api_key")
     @classmethod
     def _holds_a_key(cls, value: SecretStr | None) -> SecretStr | None:
         # a variable that was meant to hold keys and holds none must not leave the worker open
         if value is not None and not _split(value):
             raise ValueError("expected one key or several separated by commas")
+        return value
+
+    @field_validator("api_key_file")
+    @classmethod
+    def _lists_keys(cls, value: Path | None) -> Path | None:
+        if value is not None and not _listed(value):
+            raise ValueError("expected a file with a key in it")
         return value
 
     @model_validator(mode="after")
@@ -93,10 +115,21 @@ class ServeSettings(ChatModelSettings):
         """The limit below /v1, where clients expect to fill the context: None where the operator has set none."""
         return self.max_tokens_limit if "max_tokens_limit" in self.model_fields_set else None
 
-    @property
+    @functools.cached_property
     def api_keys(self) -> tuple[str, ...]:
-        return () if self.api_key is None else tuple(_split(self.api_key))
+        given = [] if self.api_key is None else _split(self.api_key)
+        return (*given, *([] if self.api_key_file is None else _listed(self.api_key_file)))
 
 
 def _split(value: SecretStr) -> list[str]:
     return [key for part in value.get_secret_value().split(",") if (key := part.strip())]
+
+
+def _listed(path: Path) -> list[str]:
+    """The keys in a file. Raises ValueError where it cannot be read."""
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ValueError(f"expected a file that can be read ({reason})") from error
+    return [line for line in lines if line and not line.startswith("#")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,12 @@ from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
 from llorch import cli
 from llorch.errors import SettingsError
+from llorch.http.settings import ServeSettings
+from llorch.setting_sources import check_variables
 from llorch.settings import ModelSettings, ReportSettings, StringList, parse
+from tests.support import ROOT
+
+SOURCES = {".py", ".md", ".mjs", ".sh"}
 
 
 class DemoSettings(ModelSettings, ReportSettings):
@@ -162,10 +168,63 @@ def test_a_bad_secret_is_not_repeated() -> None:
 def test_a_mistake_in_the_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLORCH_PORT", "many")
     assert mistake().startswith("LLORCH_PORT: expected a whole number")
-    monkeypatch.setenv("LLORCH_PORT", "")  # a variable that was meant to hold something is not the default
-    assert mistake().startswith("LLORCH_PORT: expected a whole number")
     monkeypatch.setenv("LLORCH_STOP", "[x")
     assert "LLORCH_STOP: expected values separated by commas, or a JSON list" in mistake("--port", "1")
+
+
+@pytest.mark.parametrize("name", ["LLORCH_PORT", "LLORCH_MODEL", "LLORCH_SECRET", "LLORCH_STOP", "LLORCH_CONFIG"])
+def test_an_empty_variable_is_not_the_default(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "")
+    with pytest.raises(SettingsError, match=f"^{name} is empty: give it a value, or unset it$"):
+        parse(DemoSettings, ["hi"], "llorch demo")
+
+
+def test_an_empty_variable_is_overruled_by_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLORCH_PORT", "")
+    assert demo("--port", "7").port == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("LLORCH_SECRETS", "; did you mean LLORCH_SECRET?"),
+        ("LLORCH_API_KEYS", "; did you mean LLORCH_API_KEY?"),  # of another command
+        ("llorch_cache_typ", "; did you mean LLORCH_CACHE_TYPE?"),
+        ("LLORCH_ZZZZ", "; unset it, or see --help of the command for what there is"),
+    ],
+)
+def test_a_variable_that_nothing_reads_is_a_typo(monkeypatch: pytest.MonkeyPatch, name: str, hint: str) -> None:
+    monkeypatch.setenv(name, "1")
+    assert mistake() == f"{name} is no setting{hint}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LLORCH_MAX_QUEUE",  # of another command
+        "LLORCH_FAULTS",
+        "LLORCH_URL",
+        "LLORCH_NUMPY_ANYTHING",  # of the provider numpy-cpu
+        "LLORCH_API_SERVICE_HOST",  # Kubernetes, beside a Service llorch-api
+        "LLORCH_API_SERVICE_PORT_HTTP",
+        "LLORCH_API_PORT_80_TCP_ADDR",
+    ],
+)
+def test_a_variable_of_another_reader_is_passed_over(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    demo()
+
+
+def test_every_variable_that_the_repository_names_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [ROOT / name for name in ("llorch", "plugins", "examples", "benchmarks", "docs")]
+    text = "".join(path.read_text() for folder in folders for path in folder.rglob("*") if path.suffix in SOURCES)
+    named = set(re.findall(r"\bLLORCH_[A-Z0-9_]*[A-Z0-9]\b", text))
+    assert {"LLORCH_API_KEY", "LLORCH_FAULTS", "LLORCH_NUMBA_ISA"} <= named
+    installed = [EntryPoint(name, "", "llorch.providers") for name in ("numpy-cpu", "numba-cpu", "cupy-cuda")]
+    monkeypatch.setattr("llorch.setting_sources.entry_points", lambda group: installed)
+    for name in named:
+        monkeypatch.setenv(name, "1")
+    check_variables(DemoSettings, ())
 
 
 def test_a_mistake_in_the_file_names_key_and_file() -> None:
@@ -179,11 +238,115 @@ def test_a_file_that_is_no_toml() -> None:
     assert "line 1" in mistake()
 
 
+def test_a_file_that_is_a_directory_is_not_passed_over() -> None:
+    Path("llorch.toml").mkdir()
+    assert mistake() == "llorch.toml cannot be read: Is a directory"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "parallel = true",
+            "parallel in llorch.toml: expected a whole number, at least 1 and at most 4096, not 'true'",
+        ),
+        ("warmth = true", "warmth in llorch.toml: expected a number, above 0 and below 2, not 'true'"),
+        ("threads = false", "threads in llorch.toml: expected a whole number, at least 1, not 'false'"),
+        ("provider = 5", "provider in llorch.toml: expected a valid string, not 5"),
+        ("model = 5", "model in llorch.toml: expected a path, not 5"),
+        ('model = ""', "model in llorch.toml: expected a path, not ''"),
+    ],
+)
+def test_a_value_of_another_type_in_the_file(line: str, message: str) -> None:
+    Path("llorch.toml").write_text(line + "\n")
+    with pytest.raises(SettingsError) as caught:
+        parse(DemoSettings, ["hi"], "llorch demo")
+    assert str(caught.value) == message
+
+
+def test_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("llorch.toml").write_text("port = 1\n")
+    other = tmp_path / "other.toml"
+    other.write_text("port = 2\n")
+    assert (demo().port, demo().file) == (1, Path("llorch.toml"))
+    assert (demo("--config", str(other)).port, demo("--config", str(other)).file) == (2, other)
+    monkeypatch.setenv("LLORCH_CONFIG", str(other))
+    assert demo().port == 2
+    other.write_text("port = 0\n")
+    assert mistake().startswith(f"port in {other}: expected a whole number")
+    other.write_text('config = "llorch.toml"\n')
+    assert "unknown key 'config'" in mistake()
+    other.unlink()
+    assert mistake() == f"{other} cannot be read: No such file or directory"
+
+
+def test_a_late_mistake_says_where_the_setting_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*argv: str) -> str:
+        with pytest.raises(SettingsError) as caught, demo(*argv).explaining():
+            raise SettingsError("context 4096 is too long", setting="context")
+        return str(caught.value)
+
+    assert late() == "context 4096 is too long"
+    Path("llorch.toml").write_text("context = 4096\n")
+    assert late() == "context 4096 is too long (context in llorch.toml; --context counts more)"
+    monkeypatch.setenv("LLORCH_CONTEXT", "4096")
+    assert late() == "context 4096 is too long (LLORCH_CONTEXT; --context counts more)"
+    assert late("--context", "4096") == "context 4096 is too long (--context)"
+
+
 def test_an_unknown_key_in_the_file_gives_a_suggestion() -> None:
     Path("llorch.toml").write_text("max-token = 5\n")
     assert mistake() == "llorch.toml: unknown key 'max-token'; did you mean max_tokens?"
     Path("llorch.toml").write_text("zzzzzz = 5\n")
     assert "llorch.toml: unknown key 'zzzzzz'; keys are the options of the commands" in mistake()
+
+
+def test_a_suggestion_is_of_the_running_command_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("llorch.toml").write_text("prot = 5\n")  # nearer to the `prompt` of `llorch run`
+    with pytest.raises(SettingsError, match=r"unknown key .prot.; did you mean port\?"):
+        parse(ServeSettings, [], "llorch serve")
+    monkeypatch.setenv("LLORCH_PROT", "5")
+    with pytest.raises(SettingsError, match=r"LLORCH_PROT is no setting; did you mean LLORCH_PORT\?"):
+        parse(ServeSettings, [], "llorch serve")
+
+
+# ---- keys ----
+
+
+def keys(*argv: str) -> tuple[str, ...]:
+    return parse(ServeSettings, argv, "llorch serve").api_keys
+
+
+def test_keys_come_from_an_option_the_file_or_a_file_of_their_own() -> None:
+    assert keys() == ()
+    assert keys("--api-key", "a, b") == ("a", "b")
+    Path("llorch.toml").write_text('api_key = ["a", "b"]\n')
+    assert keys() == ("a", "b")
+    Path("keys").write_text("# the first\nc\n\n  d  \n")
+    assert keys("--api-key-file", "keys") == ("a", "b", "c", "d")
+
+
+@pytest.mark.parametrize("values", ['["a", 5]', '["a,b"]', "[]"])
+def test_a_list_of_keys_that_is_none(values: str) -> None:
+    Path("llorch.toml").write_text(f"api_key = {values}\n")
+    with pytest.raises(SettingsError, match=r"^api_key in llorch\.toml: expected (texts without commas|one key)"):
+        keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "a file that can be read (No such file or directory)"),
+        (b"# none\n", "a file with a key in it"),
+        (b"\xff", "a file that can be read (it is no text)"),
+    ],
+)
+def test_a_file_of_keys_that_holds_none(content: bytes | None, reason: str) -> None:
+    if content is not None:
+        Path("keys").write_bytes(content)
+    with pytest.raises(SettingsError) as caught:
+        keys("--api-key-file", "keys")
+    assert str(caught.value).startswith(f"--api-key-file: expected {reason}")
 
 
 def test_a_missing_setting_gives_an_example() -> None:
