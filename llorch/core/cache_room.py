@@ -9,6 +9,7 @@ from llorch.core.config import ModelConfig
 from llorch.core.plan import Limits
 from llorch.errors import DeviceMemoryError, SettingsError
 from llorch.providers.device import CacheSpec, Device
+from llorch.providers.memory_limit import shown_bytes
 
 
 def wanted_cache(
@@ -74,4 +75,4 @@ def _room(wanted: CacheSpec, device: Device, limits: Limits, tokens: int | None)
 
 
 def _size(spec: CacheSpec) -> str:
-    return f"{spec.nbytes / 2**30:.2f} GiB" if spec.nbytes >= 1 << 30 else f"{spec.nbytes / 2**20:.2f} MiB"
+    return shown_bytes(spec.nbytes)

@@ -47,6 +47,7 @@ from llorch.providers import (
     hookimpl,
 )
 from llorch.providers.host_memory import host_memory
+from llorch.providers.memory_limit import shown_bytes
 
 SLAB_ELEMENTS = 1 << 20  # a weight is dequantised in slabs of rows of at most this many, to bound what is in between
 SCORE_ELEMENTS = 1 << 24  # a long prompt's scores are made in slices of at most this many (64 MiB)
@@ -163,7 +164,7 @@ class ArrayDevice:
         """Raises DeviceMemoryError where float32 copies of these do not fit."""
         need = _as_float32(weights)
         self._require(need, "the weights as float32 need", "choose a smaller model")
-        return f"weights: float32 on the device, {need / GIBIBYTE:.2f} GiB"
+        return f"weights: float32 on the device, {shown_bytes(need)}"
 
     def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
         """Float32 weights; as in the file for a subclass that takes them otherwise and says no more here."""

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 _UNITS = {"mib": 1 << 20, "gib": 1 << 30}
 
 
+def shown_bytes(nbytes: int) -> str:
+    """An amount of memory in a message."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.2f} MiB"
+
+
 @dataclass(frozen=True)
 class MemoryLimit:
     """Bytes, or a share of all that the device has: one of the two."""

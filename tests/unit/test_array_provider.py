@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(device, rng, monkeypat
 
 def test_the_load_log_says_what_the_weights_take(device, rng) -> None:
     weight = random_weight(rng, "Q4_0", 1024, 2048, frozenset({"matmul"}))
-    assert device.expect([weight, weight, weight]) == "weights: float32 on the device, 0.02 GiB"
+    assert device.expect([weight, weight, weight]) == "weights: float32 on the device, 24.00 MiB"
 
 
 def test_a_missing_module_says_what_the_provider_needs() -> None:
