@@ -60,7 +60,7 @@ def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
         logging_config=None,  # logs.py configures all of them
     )
     # around Litestar, not within: routes that do not exist need a correlation id and a key too
-    whole = RequestLog(Turns(APIKeys(_with_head(app), keys)))
+    whole = RequestLog(Turns(APIKeys(_with_head(app), keys)), worker.metrics.answered)
     return whole if worker.tracer is None else worker.tracer.following(whole)
 
 

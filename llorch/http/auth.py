@@ -7,6 +7,7 @@ import hmac
 from collections.abc import Iterable
 from typing import Any, cast
 
+import structlog
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Receive, Scope, Send
 
@@ -15,6 +16,7 @@ from llorch.http.errors import send_json
 from llorch.http.openai.errors import error_body, is_openai
 
 KEY_IN_SCOPE = "llorch.key"  # whose request it is: a digest of the key
+LOGGED_DIGITS = 8  # of the digest, for the log: enough to tell keys apart, too few to find one again
 OPEN_PATHS = page.OPEN_PATHS | {"/health"}
 
 
@@ -40,7 +42,8 @@ class APIKeys:
         elif not self._known(token):
             await _refuse(send, scope["path"], "INVALID_API_KEY", "this API key is not one of the worker's")
         else:
-            cast(dict[str, Any], scope)[KEY_IN_SCOPE] = _digest(token).hex()
+            key = cast(dict[str, Any], scope)[KEY_IN_SCOPE] = _digest(token).hex()
+            structlog.contextvars.bind_contextvars(key=key[:LOGGED_DIGITS])
             await self._app(scope, receive, send)
 
     def _known(self, token: bytes) -> bool:

@@ -109,6 +109,7 @@ class Job:
                 self.moments.first_token = time.time()
             self._last_token = now
         elif isinstance(event, Started):
+            self._metrics.queued.observe(time.monotonic() - self._accepted)
             self.moments.started, self.moments.cached_tokens = event.started_at, event.cached_tokens
         self._mailbox.put(self._deliver, event)
 
@@ -133,6 +134,9 @@ class Job:
                 self._engine.cancel(self.job_id, last.error)
         self._metrics.count(outcome)
         self.last, self.moments.over = last, time.time()
-        duration_ms = round((time.monotonic() - self._accepted) * 1000, 1)
-        log.info("job over", job_id=self.job_id[:128], outcome=outcome, duration_ms=duration_ms, **details)
+        seconds = time.monotonic() - self._accepted
+        if outcome == "ended":
+            self._metrics.ended.observe(seconds)
+        duration_ms, write = round(seconds * 1000, 1), log.warning if outcome == "failed" else log.info
+        write("job over", job_id=self.job_id[:128], outcome=outcome, duration_ms=duration_ms, **details)
         self._on_close(self)

@@ -6,7 +6,8 @@ import logging
 import sys
 import time
 import uuid
-from typing import Any, Literal, TextIO
+from collections.abc import Callable
+from typing import Any, Literal, TextIO, cast
 
 import structlog
 from litestar.enums import ScopeType
@@ -81,8 +82,9 @@ def _renderers(as_json: bool, colors: bool) -> list[structlog.types.Processor]:
 class RequestLog:
     """ASGI middleware around everything: a correlation id for each request, and one line when it is over."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, answered: Callable[[str, int], None]) -> None:
+        """`answered` is told the route's template and the status of each answer."""
+        self._app, self._answered = app, answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
@@ -90,7 +92,7 @@ class RequestLog:
             return
         correlation_id = _correlation_id(scope["headers"])
         structlog.contextvars.clear_contextvars()
-        structlog.contextvars.bind_contextvars(correlation_id=correlation_id)
+        structlog.contextvars.bind_contextvars(correlation_id=correlation_id, client=(scope.get("client") or ("",))[0])
         began, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -103,6 +105,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
+            self._answered(cast(dict[str, Any], scope).get("path_template", "other"), status)
             _log_request(scope, status, time.monotonic() - began)
 
 

@@ -33,6 +33,7 @@ from llorch.http.logs import configure_logging
 from llorch.http.protocol import LimitedProtocol, Limits
 from llorch.http.service import Worker
 from llorch.http.settings import ServeSettings
+from llorch.http.start_log import LoadReport, log_settings, served
 from llorch.http.stream import Timing
 from llorch.http.traces import Tracer
 
@@ -49,7 +50,6 @@ SAME_SIGNAL_SECONDS = 0.1  # supervisors that signal a process and its group sen
 LAST_SECONDS = 1.0  # of a worker whose engine is given up: who watches /health is to see why
 MOST_DESCRIPTORS = 65536
 OWN_DESCRIPTORS = 128  # files that are open beside the connections: libraries, the model, the device
-PROGRESS_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 Loading = Callable[[], contextlib.AbstractContextManager[Progress]]
 
@@ -60,6 +60,7 @@ def serve(settings: ServeSettings, loading: Loading | None = None) -> None:
     `loading` shows a load's progress on a terminal; without it, and where lines are read by programs, it is logged.
     """
     as_json = configure_logging(settings.log_format, settings.log_level)
+    log_settings(settings)
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         listener = bind(settings)
@@ -136,7 +137,7 @@ class WorkerProcess:
         with self._signals():
             serving = asyncio.create_task(server.serve(sockets=[self._listener]))
             serving.add_done_callback(lambda _: self._stopping.set())
-            starting = asyncio.create_task(self._start())
+            starting = asyncio.create_task(self._start(worker))
             starting.add_done_callback(self._started)
             heart = asyncio.create_task(self._beat(worker, starting))
             await self._stopping.wait()
@@ -207,9 +208,10 @@ class WorkerProcess:
 
     # ---- the start ----
 
-    async def _start(self) -> None:
+    async def _start(self, worker: Worker) -> None:
         """Loads the model and tells the pool manager."""
         llm = await self._loaded()
+        worker.metrics.built(llm)
         for line in llm.start_lines:
             log.info(line)
         if self._settings.is_demo:
@@ -219,7 +221,7 @@ class WorkerProcess:
         # what has been loaded stays: each full collection would look through all of it again, for some 50 ms
         gc.collect()
         gc.freeze()
-        log.info("ready", uri=self._uri, model=llm.config.name, worker_id=self._worker_id, load_s=load_s)
+        log.info("ready", uri=self._uri, worker_id=self._worker_id, load_s=load_s, **served(llm))
         if self._settings.callback_url is not None:
             await self._announce(self._settings.callback_url, llm)
 
@@ -292,7 +294,10 @@ class WorkerProcess:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            numbers.append(signal.SIGHUP)  # the terminal went away
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
@@ -307,19 +312,6 @@ class WorkerProcess:
         elif now - self._signalled > SAME_SIGNAL_SECONDS:
             print("llorch: a second signal: ended at once", file=sys.stderr, flush=True)
             os._exit(128 + number)
-
-
-class LoadReport:
-    """Logs a load's progress, a line at each quarter."""
-
-    def __init__(self, model: str, uri: str) -> None:
-        self._model, self._uri = model, uri
-        self._due = list(PROGRESS_STEPS)
-
-    def __call__(self, fraction: float, text: str) -> None:
-        while self._due and fraction >= self._due[0]:
-            step = self._due.pop(0)
-            log.info("loading", percent=round(100 * step), model=self._model, uri=self._uri, doing=text)
 
 
 def _uri(host: str, port: int) -> str:

@@ -101,8 +101,8 @@ class Worker:
         """Counts a request that ends before it is accepted: what is accepted is counted by its jobs."""
         try:
             yield
-        except LlorchError:
-            self.metrics.count("rejected")
+        except LlorchError as error:
+            self.metrics.reject(error.code)
             raise
 
     def ready(self) -> LLM:

@@ -11,6 +11,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.types import ASGIApp
 
+from llorch import __version__
 from llorch.core.llm import LLM
 from llorch.errors import CancelledError
 from llorch.http.auth import key_of
@@ -40,6 +41,7 @@ data: {"type":"end","tokens_out":64,"decode_time_ms":1228,"stop_reason":"MAX_TOK
 class Healthy:
     """The model is loaded and the engine makes progress."""
 
+    version: str  # llorch's
     model: str
     provider: str
     device: str
@@ -146,6 +148,7 @@ async def health(worker: Worker) -> Response[Any]:
 def _healthy(llm: LLM, worker: Worker) -> Healthy:
     stats = worker.engine.stats()
     return Healthy(
+        version=__version__,
         model=llm.config.name,
         provider=llm.provider_name,
         device=llm.device_info.name,

@@ -79,6 +79,7 @@ def test_a_failure_ends_all_streams_shows_in_health_and_is_over_with_the_same_we
         server.wait_healthy()
         assert text(run(client, job_id="after", **JOB | {"max_tokens": 8})) == expected
     assert server.metrics()["llorch_engine_failures_total"] == 1
+    assert {line["level"] for line in server.logged("job over", outcome="failed")} == {"warning"}
     assert len(server.logged("loading", percent=100)) == 1
     assert server.process.poll() is None
     server.close()
@@ -111,6 +112,7 @@ def test_three_failures_within_a_minute_end_the_process(start: Start) -> None:
         assert server.wait(20) == 1
     assert "told to raise" in server.stderr
     assert "3 failures within 60 s" in server.stderr
+    assert "3 failures within 60 s" in server.logged("worker failed", level="error")[0]["reason"]
 
 
 def test_a_step_that_hangs_ends_streams_with_an_error_and_then_the_process(start: Start) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from statistics import median
 
 import httpx
 import pytest
 
+from llorch import __version__
 from tests.server.conftest import Start
-from tests.server.process import Server, eventually, run
+from tests.server.process import Server, eventually, execute, run
 
 JOB = {"prompt": "Once", "max_tokens": 2}
 
@@ -34,6 +37,7 @@ def test_health_tells_what_is_served(client: httpx.Client) -> None:
         "context_length": 512,
         "capabilities": ["text-gen"],
         "protocol": "sse",
+        "version": __version__,
         "running": 0,
         "waiting": 0,
         "kv_blocks_free": 8 * 512 // 32,
@@ -108,6 +112,21 @@ def test_each_log_line_of_a_request_has_its_correlation_id(server: Server) -> No
     request = server.logged("request", correlation_id="in-the-logs", status=200)[0]  # the other is 400
     assert (request["method"], request["path"]) == ("POST", "/execute")
     assert request["duration_ms"] > 0
+    assert {line["client"] for line in server.lines if line.get("correlation_id") == "in-the-logs"} == {"127.0.0.1"}
+
+
+def test_each_log_line_of_a_request_says_whose_it_is_and_not_with_which_key(locked: Server) -> None:
+    headers = {"X-Correlation-Id": "whose", "Authorization": "Bearer second-key"}
+    with locked.client(headers=headers) as client:
+        run(client, job_id="whose", **JOB)
+    eventually(lambda: locked.logged("request", correlation_id="whose"))
+    lines = [line for line in locked.lines if line.get("correlation_id") == "whose"]
+    assert [line["event"] for line in lines] == ["job accepted", "job over", "request"]
+    assert {line["key"] for line in lines} == {hashlib.sha256(b"second-key").hexdigest()[:8]}
+    assert "second-key" not in str(locked.lines)
+    with locked.client(headers={"X-Correlation-Id": "nobody"}) as client:
+        client.post("/execute", json={})
+    assert "key" not in eventually(lambda: locked.logged("request", correlation_id="nobody"))[0]
 
 
 # ---- metrics ----
@@ -127,10 +146,37 @@ def test_metrics_count_what_happens(client: httpx.Client, server: Server) -> Non
     assert grown("llorch_prompt_tokens_total") >= 4
     assert grown("llorch_time_to_first_token_seconds_count") == 2
     assert grown("llorch_inter_token_seconds_count") > 0
+    assert grown("llorch_queue_seconds_count") == grown("llorch_request_seconds_count") == 2
+    assert grown('llorch_http_requests_total{route="/execute",status="200"}') == 2
+    build = f'llorch_build_info{{model="stories260K",provider="numpy-cpu",version="{__version__}"}}'
+    assert after[build] == 1
+    assert not [name for name in after if "_created" in name]
     assert after["llorch_vram_bytes"] > 1_000_000
     assert after["llorch_kv_blocks_total"] > 0
     assert after["llorch_uptime_seconds"] > before["llorch_uptime_seconds"]
     assert after["llorch_queue_depth"] == after["llorch_running_requests"] == after["llorch_kv_blocks_used"] == 0
+
+
+def test_metrics_tell_apart_why_requests_were_rejected(slow_client: httpx.Client, slow: Server) -> None:
+    before = slow.metrics()
+    waiting = [execute(slow_client, job_id=f"fills {i}", prompt="Once", max_tokens=400) for i in range(3)]
+    with ExitStack() as stack:
+        for stream in waiting:
+            stack.enter_context(stream)
+        body = {"job_id": "fills 0", "prompt": "Once"}
+        assert slow_client.post("/execute", json=body).status_code == 409
+        assert slow_client.post("/execute", json=body | {"job_id": "more"}).status_code == 503
+        assert slow_client.post("/execute", json={}).status_code == 400
+        assert slow_client.get("/nothing/" + "x" * 50).status_code == 404
+        after = slow.metrics()
+    codes = ("INVALID_REQUEST", "JOB_EXISTS", "QUEUE_FULL", "WORKER_UNHEALTHY")
+    names = [f'llorch_requests_rejected_total{{code="{code}"}}' for code in codes]
+    assert [after[name] - before[name] for name in names] == [1, 1, 1, 0]
+    total = 'llorch_requests_total{outcome="rejected"}'
+    assert after[total] - before[total] == 3
+    assert after['llorch_http_requests_total{route="/execute",status="503"}'] >= 1
+    assert after['llorch_http_requests_total{route="other",status="404"}'] >= 1
+    assert "/nothing" not in str(after)
 
 
 # ---- keys ----

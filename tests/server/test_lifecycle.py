@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from llorch import __version__
 from tests.server.conftest import Start
 from tests.server.process import Server, eventually, execute, run
 
@@ -106,10 +107,42 @@ def test_the_log_says_which_provider_and_device_were_chosen_and_why_then_the_add
     events = [line["event"] for line in server.lines]
     chosen = next(i for i, event in enumerate(events) if event.startswith("provider numpy-cpu on cpu"))
     assert "chosen by name" in events[chosen]
-    assert set(events[:chosen]) == {"loading"}
+    assert events[0] == "settings"
+    assert set(events[1:chosen]) == {"loading"}
     assert "operations bound" in events[chosen + 1]
-    assert server.lines[events.index("ready")]["uri"] == server.url
+    ready = server.lines[events.index("ready")]
+    assert ready["uri"] == server.url
+    assert (ready["provider"], ready["device"], ready["context"], ready["parallel"]) == ("numpy-cpu", "cpu", 512, 8)
     assert events.index("ready") > chosen
+
+
+def test_the_log_says_which_file_was_read_and_what_it_changed_but_no_secret(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "worker.toml"
+    file.write_text('parallel = 3\nchunk = 512\napi_key = ["hidden-key"]\n')
+    options = ("--config", str(file), "--callback-url", "http://user:hidden@localhost:9999/?token=hidden")
+    server = start(*options).wait_healthy()
+    (line,) = server.logged("settings")
+    assert line["file"] == str(file)
+    assert line["version"] == __version__
+    changed = line["changed"]
+    assert changed.pop("model").endswith(".gguf")
+    assert changed == {
+        "api_key": "(secret)",
+        "callback_url": "http://localhost:9999/",
+        "config": str(file),
+        "log_format": "json",
+        "parallel": 3,
+        "port": 0,
+        "provider": "numpy-cpu",
+    }
+    assert "hidden" not in str(server.lines)
+    server.close()
+
+
+def test_a_context_that_is_too_long_says_where_it_was_written(start: Start) -> None:
+    server = start(env={"LLORCH_CONTEXT": "4096"})
+    assert "context 4096 is outside 2 to 512" in ends(server, 2)
+    logs_why(server, "(LLORCH_CONTEXT; --context counts more)")
 
 
 def test_a_callback_is_tried_again_with_growing_pauses(start: Start) -> None:
@@ -237,7 +270,7 @@ def test_a_job_in_a_step_that_takes_long_still_ends_on_time(start: Start, tmp_pa
 # ---- the end ----
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_a_running_job_finish_and_turns_new_ones_away(start: Start, number: signal.Signals) -> None:
     server = start("--provider", "paced", env={"PACED_STEP_SECONDS": "0.01"}).wait_healthy()
     with server.client() as client, execute(client, job_id="runs", max_tokens=80, **JOB) as stream:
@@ -291,6 +324,15 @@ def test_a_signal_while_loading_ends_in_order(start: Start, tmp_path: Path) -> N
     assert server.url
     server.signal(signal.SIGTERM)
     assert server.wait(5) == 0
+
+
+def test_a_terminal_that_goes_away_does_not_end_what_nohup_started(start: Start) -> None:
+    server = start(wrapper=("nohup",)).wait_healthy()
+    server.signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert server.process.poll() is None
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0
 
 
 def test_an_idle_worker_ends_quickly(start: Start) -> None:
