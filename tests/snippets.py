@@ -36,9 +36,9 @@ def blocks_of(document: Path) -> list[tuple[str, str]]:
     return [(language, text) for reason, language, text in _fences(document) if not reason]
 
 
-def not_run(document: Path) -> list[tuple[str, str]]:
-    """(reason, text) of the blocks that are not run."""
-    return [(reason, text) for reason, _, text in _fences(document) if reason]
+def not_run(document: Path) -> list[tuple[str, str, str]]:
+    """(reason, language, text) of the blocks that are not run."""
+    return [fence for fence in _fences(document) if fence[0]]
 
 
 def _fences(document: Path) -> list[tuple[str, str, str]]:

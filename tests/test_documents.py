@@ -6,6 +6,7 @@ Two pages have tests of their own: `docs/writing-a-provider.md`, whose blocks bu
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
 import re
@@ -15,12 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from docs import settings_table
 from llorch.core.requests import Ended, Started, StopReason, Token
 from llorch.errors import CancelledError
 from llorch.http import sse
+from llorch.http.settings import ServeSettings
 from llorch.setting_sources import known_keys
+from llorch.settings import command_parser
 from tests.snippets import Reader, blocks_of, commands_of, matches, not_run
 from tests.support import ROOT
 
@@ -139,13 +143,38 @@ def test_the_benchmarks_stand_beside_llama_cpp(cloner: Reader, monkeypatch: pyte
     assert {row["engine"] for row in result["rows"]} == {"llama.cpp", "numba-cpu"}
 
 
-UNRUN = [(page, reason, text) for page in [README, *PAGES] for reason, text in not_run(page)]
+UNRUN = [(page, *block) for page in [README, *PAGES] for block in not_run(page)]
 
 
-@pytest.mark.parametrize(("page", "reason", "text"), UNRUN, ids=lambda value: getattr(value, "name", ""))
-def test_a_block_that_is_not_run_could_be(page: Path, reason: str, text: str) -> None:
-    subprocess.run(["sh", "-n", "-c", text], check=True)
+@pytest.mark.parametrize(("page", "reason", "language", "text"), UNRUN, ids=lambda value: getattr(value, "name", ""))
+def test_a_block_that_is_not_run_could_be(page: Path, reason: str, language: str, text: str) -> None:
+    if language == "yaml":
+        check_pod(text)
+    elif language == "ini":
+        check_unit(text)
+    else:
+        subprocess.run(["sh", "-n", "-c", text], check=True)
     pytest.skip(f"{page.name}: {reason}")
+
+
+def check_pod(text: str) -> None:
+    pod = yaml.safe_load(text)["spec"]
+    (container,) = pod["containers"]
+    assert container["args"][:2] == ["llorch", "serve"]
+    given = command_parser("serve").parse_args(container["args"][2:])
+    assert float(given.shutdown_timeout) < pod["terminationGracePeriodSeconds"]
+    probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+    assert probes == [{"path": "/health", "port": ServeSettings.model_fields["port"].default}] * 3
+    assert [mount["name"] for mount in container["volumeMounts"]] == [volume["name"] for volume in pod["volumes"]]
+
+
+def check_unit(text: str) -> None:
+    unit = configparser.RawConfigParser()
+    unit.read_string(text)
+    program, command, *options = unit["Service"]["ExecStart"].split()
+    assert (Path(program).name, command) == ("llorch", "serve")
+    command_parser("serve").parse_args(options)
+    assert float(unit["Service"]["TimeoutStopSec"]) > ServeSettings.model_fields["shutdown_timeout"].default
 
 
 def test_extras_and_make_targets_that_a_document_or_an_error_names_exist() -> None:
