@@ -221,7 +221,7 @@ class WorkerProcess:
         # what has been loaded stays: each full collection would look through all of it again, for some 50 ms
         gc.collect()
         gc.freeze()
-        log.info("ready", uri=self._uri, worker_id=self._worker_id, load_s=load_s, **served(llm))
+        log.info("ready", uri=self._uri, **served(llm), worker_id=self._worker_id, load_s=load_s)
         if self._settings.callback_url is not None:
             await self._announce(self._settings.callback_url, llm)
 

@@ -104,6 +104,7 @@ def test_a_loading_worker_says_so_and_then_registers(start: Start, tmp_path: Pat
 
 
 def test_the_log_says_which_provider_and_device_were_chosen_and_why_then_the_address(server: Server) -> None:
+    eventually(lambda: server.logged("ready"))  # /health may say so first
     events = [line["event"] for line in server.lines]
     chosen = next(i for i, event in enumerate(events) if event.startswith("provider numpy-cpu on cpu"))
     assert "chosen by name" in events[chosen]
