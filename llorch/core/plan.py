@@ -282,9 +282,12 @@ class Plans:
         fuse: Callable[[Sequence[Entry]], Sequence[Entry]] | None = getattr(self._device, "fuse", None)
         if fuse is None:
             return plan
-        found = list(fuse(plan))
-        if [entry.outputs for entry in found] != [entry.outputs for entry in plan]:
-            raise BindError("the device's `fuse` gave entries with other outputs: it must keep each where it is")
+        found, left = list(fuse(plan)), iter(plan)
+        # each is looked for behind the one before it, so that their order counts
+        if not all(any(entry.outputs is known.outputs for known in left) for entry in found):
+            raise BindError(
+                "the device's `fuse` gave entries in another order, or with outputs that are not the plan's"
+            )
         return found
 
     def _entries(self, site: Site, counts: Mapping[str, int]) -> Iterator[Entry]:

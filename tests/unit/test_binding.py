@@ -315,3 +315,47 @@ def test_a_providers_fused_operations_are_used_and_counted(load_with) -> None:
     for label in labels:
         np.testing.assert_array_equal(served[label], expected[label])
         np.testing.assert_array_equal(apart[label], expected[label])
+
+
+# ---- a device that joins entries of a plan ----
+
+
+class Joining(NumpyDevice):
+    """The rotation of q and k is left to attention, the entry behind it."""
+
+    def fuse(self, entries: Any) -> list[Any]:
+        found = list(entries)
+        for rope in [entry for entry in entries if "q_rope" in entry.outputs[0][0]]:
+            k_rope, attention = found[found.index(rope) + 1 :][:2]
+
+            def both(*args: Any, before: Any = (rope, k_rope), kernel: Any = attention.kernel) -> None:
+                for entry in before:
+                    entry.kernel(*entry.args)
+                kernel(*args)
+
+            found[found.index(rope) : found.index(attention) + 1] = [attention._replace(kernel=both)]
+        return found
+
+
+def test_a_device_may_leave_out_what_a_neighbour_does(load_with) -> None:
+    tokens = [1, 403, 407, 261]
+    with llorch.load(shared("models", "stories260K.gguf"), provider="numpy-cpu") as plain:
+        expected = plain.checkpoints(tokens, ["blk.0.attention", "output"])
+    with load_with(NumpyOps(), Joining) as llm:
+        found = llm.checkpoints(tokens, ["blk.0.attention", "output"], fused=True)
+        with pytest.raises(llorch.errors.InvalidRequestError, match="q_rope"):
+            llm.checkpoints(tokens, ["blk.0.q_rope"], fused=True)
+    for label, values in expected.items():
+        np.testing.assert_array_equal(found[label], values)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda entries: entries[::-1], lambda entries: [*entries, entries[0]]], ids=["another order", "one twice"]
+)
+def test_joined_entries_keep_their_order(load_with, wrong) -> None:
+    class Wrong(NumpyDevice):
+        def fuse(self, entries: Any) -> Any:
+            return wrong(entries)
+
+    with load_with(NumpyOps(), Wrong) as llm, pytest.raises(BindError, match="another order"):
+        llm.logits([1, 403])

@@ -56,7 +56,7 @@ def test_the_suite_passes_with_prompts_on_tensor_cores(site: Path) -> None:
     run_suite(site, "cuda-emulated-tensor-cores", TENSOR_CORES)
 
 
-# each kernel of attention, norms, products and top-k, and steps with their neighbours joined: the whole suite takes long
+# each kernel of attention, norms, products and top-k, and steps whose neighbours are joined: the whole takes long
 RACES = (
     "(head_geometries and 8-1-64) or (matmul_group and 33 and Q6_K and offered) or (gate_up and Q4_K and offered "
     "and True) or (test_topk and 300) or (test_rmsnorm and 33) or (test_rope and 3) or test_gather or one_tied "

@@ -9,10 +9,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llorch.providers import CacheSpec, DeviceInfo, DeviceMemoryError, HostWeight, MemoryInfo, MemoryNeed, OpSpec
+from llorch.providers import (
+    CacheSpec,
+    DeviceInfo,
+    DeviceMemoryError,
+    HostWeight,
+    MemoryInfo,
+    MemoryNeed,
+    OpSpec,
+    RopeSpec,
+)
 from llorch_provider_cupy import programs
 from llorch_provider_cupy.formats import FORMATS, LARGEST_HALF, UNIT
-from llorch_provider_cupy.launches import FLAT_THREADS, Function, Work, blocks, fuse, i32
+from llorch_provider_cupy.launches import FLAT_THREADS, Function, Work, blocks, f32, fuse, i32
 from llorch_provider_cupy.memory import (
     Inputs,
     KVCache,
@@ -75,12 +84,15 @@ class CudaDevice:
     def scratches(self) -> tuple[Allocation, ...]:
         return tuple(self._scratch.values())
 
-    def turns(self, frequencies: tuple[float, ...]) -> Allocation:
-        """RoPE frequencies in whole turns a position, one piece of memory for all sites that share them."""
+    def rotation(self, spec: RopeSpec) -> tuple[int | np.generic, ...]:
+        """A rotation as kernels take it: frequencies in whole turns a position, how many, whether pairs are halves of
+        a head, and the magnitude. Sites with the same frequencies share their memory."""
+        frequencies = spec.frequencies
         if frequencies not in self._turns:
             turns = np.array(frequencies, np.float64) / (2 * np.pi)
             self._turns[frequencies] = self._filled(turns, "RoPE frequencies")
-        return self._turns[frequencies]
+        turns_at = self._turns[frequencies].address
+        return turns_at, i32(len(frequencies)), i32(spec.pairing == "half"), f32(spec.magnitude)
 
     def expand(self, weight: Weight, kind: Plain, target: int, first: int, count: int) -> list[Work]:
         """Writes rows `first` .. first + count - 1 of a matrix as plain values, of whole units of columns a row."""
@@ -229,7 +241,7 @@ class CudaDevice:
         return self.runtime.record(run)
 
     def fuse(self, entries: Sequence[Any]) -> Sequence[Any]:
-        return fuse(entries)
+        return [entries[place]._replace(kernel=kernel) for place, kernel in fuse(entries).items()]
 
     def memory(self) -> MemoryInfo:
         total, free = self.runtime.memory()

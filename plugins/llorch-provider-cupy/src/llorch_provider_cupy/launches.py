@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from llorch.providers import OpSpec, Step
+from llorch.providers import OpSpec, RopeSpec, Step
 from llorch_provider_cupy.programs import Program
 
 if TYPE_CHECKING:
@@ -26,11 +26,33 @@ Work: TypeAlias = Callable[[], None]
 FLAT_THREADS, ROW_THREADS = 256, 512  # as kernels/rows.cu has them
 
 
+class Joinable:
+    """A kernel of a plan that may do a part of its neighbour's work. Arguments are those of its entry there."""
+
+    rope: RopeSpec | None = None  # where it rotates q and k, and does no more
+
+    def gives(self, *_args: Any) -> Tensor | None:
+        """The tensor that it can round for a product as well as write."""
+        return None
+
+    def takes(self, *_args: Any) -> Tensor | None:
+        """The tensor that it rounds first."""
+        return None
+
+    def rounded(self) -> Joinable:
+        """Itself, with the rounding that it gives, or without the one that it takes."""
+        raise NotImplementedError
+
+    def after(self, _rope: Joinable, *_args: Any) -> Joinable | None:
+        """Itself, with the rotation right before it, which is then left out. None where it has no use for it."""
+        return None
+
+
 class Site:
     """A kernel of the contract.
 
-    `gives(*args)`: the tensor that it can round for a product as well as write; `takes(*args)`: the one that it rounds
-    first, None where it rounds none. Such a site's works take `rounded=True`, and do (or leave out) the rounding.
+    `gives(*args)`, `takes(*args)` as those of `Joinable`: such a site's works take `rounded=True`, and do (or leave
+    out) the rounding.
     """
 
     def __init__(
@@ -41,9 +63,10 @@ class Site:
         *,
         gives: Callable[..., Tensor | None] | None = None,
         takes: Callable[..., Tensor | None] | None = None,
+        rope: RopeSpec | None = None,
     ) -> None:
         self._device, self._spec, self._works = device, spec, works
-        self.gives, self.takes = gives, takes
+        self.gives, self.takes, self.rope = gives, takes, rope
 
     def __call__(self, *args: Any) -> None:
         for work in self._works(*args):
@@ -59,7 +82,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Joinable):
     """The work of a site for the tensors of a plan. Addresses do not keep memory alive, so it does."""
 
     site: Site
@@ -72,25 +95,42 @@ class Prepared:
             work()
 
     @property
-    def gives(self) -> Tensor | None:
+    def rope(self) -> RopeSpec | None:  # type: ignore[override]
+        return self.site.rope
+
+    def gives(self, *_args: Any) -> Tensor | None:
         return None if self.site.gives is None else self.site.gives(*self.args)
 
-    @property
-    def takes(self) -> Tensor | None:
+    def takes(self, *_args: Any) -> Tensor | None:
         return None if self.site.takes is None else self.site.takes(*self.args)
 
     def rounded(self) -> Prepared:
         return self.site.prepared(self.args, rounded=True)
 
 
-def fuse(entries: Sequence[Any]) -> list[Any]:
-    """A plan whose norms round what the product right behind them takes: nothing comes between the two."""
-    found = list(entries)
-    for i, (first, second) in enumerate(itertools.pairwise(entries)):
+def fuse(steps: Sequence[Any]) -> dict[int, Any]:
+    """The kernels of a plan's entries by their place, those that were joined with the next left out.
+
+    Attention rotates q and k; what writes a tensor that the product right behind it takes rounds it, as nothing comes
+    between the two.
+    """
+    kernels = {place: step.kernel for place, step in enumerate(steps)}
+    pairs = list(enumerate(itertools.pairwise(steps)))
+    for place, (first, second) in pairs:
         a, b = first.kernel, second.kernel
-        if isinstance(a, Prepared) and isinstance(b, Prepared) and a.gives is not None and a.gives == b.takes:
-            found[i], found[i + 1] = first._replace(kernel=a.rounded()), second._replace(kernel=b.rounded())
-    return found
+        if isinstance(a, Joinable) and isinstance(b, Joinable) and a.rope is not None:
+            turning = b.after(a, *second.args)
+            if turning is not None:
+                del kernels[place]
+                kernels[place + 1] = turning
+    for place, (first, second) in pairs:
+        a, b = kernels.get(place), kernels.get(place + 1)
+        if not isinstance(a, Joinable) or not isinstance(b, Joinable):
+            continue
+        given = a.gives(*first.args)
+        if given is not None and given == b.takes(*second.args):
+            kernels[place], kernels[place + 1] = a.rounded(), b.rounded()
+    return kernels
 
 
 class Function:

@@ -85,7 +85,7 @@ class CudaOps:
         q, k = spec.q, spec.k
         if (q.head_dim, q.pairing, q.frequencies, q.magnitude) != (k.head_dim, k.pairing, k.frequencies, k.magnitude):
             return None
-        return Site(device, spec, lambda x, y, positions: (_rope(device, q, x, y, k.heads, positions),))
+        return Site(device, spec, lambda x, y, positions: (_rope(device, q, x, y, k.heads, positions),), rope=q)
 
     @hookimpl
     def attention(self, device: CudaDevice, spec: AttentionSpec) -> Kernel | None:
@@ -147,11 +147,10 @@ def _elementwise(device: CudaDevice, spec: OpSpec, name: str) -> Kernel:
 
 def _rope(device: CudaDevice, spec: RopeSpec, q: Tensor, k: Tensor | None, k_heads: int, positions: Tensor) -> Work:
     launch = device.function(programs.program("rope"), "rope", ROPE_THREADS)
-    pairs, turns = len(spec.frequencies), device.turns(spec.frequencies)
-    grid = (blocks(pairs, ROPE_THREADS), blocks(spec.heads + k_heads, HEADS_PER_BLOCK), q.shape[0])
-    numbers = (pairs, spec.heads, k_heads, spec.head_dim, int(spec.pairing == "half"))
-    pointers = (q.address, 0 if k is None else k.address, positions.address, turns.address)
-    return launch.work(grid, *pointers, *map(i32, numbers), f32(spec.magnitude))
+    grid = (blocks(len(spec.frequencies), ROPE_THREADS), blocks(spec.heads + k_heads, HEADS_PER_BLOCK), q.shape[0])
+    pointers = (q.address, 0 if k is None else k.address, positions.address)
+    heads = (i32(spec.heads), i32(k_heads), i32(spec.head_dim))
+    return launch.work(grid, *pointers, *device.rotation(spec), *heads)
 
 
 def _argmax(device: CudaDevice, spec: TopkSpec) -> Kernel:

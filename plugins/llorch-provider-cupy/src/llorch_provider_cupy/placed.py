@@ -87,10 +87,14 @@ def fuse(entries: Sequence[Any]) -> list[Any]:
         together = list(group)
         if card is not None:
             joined = launches.fuse([entry.kernel.own for entry in together])
-            kernels = [replace(entry.kernel, own=own) for entry, own in zip(together, joined, strict=True)]
-            together = [entry._replace(kernel=kernel) for entry, kernel in zip(together, kernels, strict=True)]
+            together = [_with(together[place], kernel) for place, kernel in joined.items()]
         found += together
     return found
+
+
+def _with(entry: Any, kernel: Any) -> Any:
+    placed = entry.kernel
+    return entry._replace(kernel=replace(placed, own=placed.own._replace(kernel=kernel)))
 
 
 class Operations:

@@ -19,8 +19,7 @@ from llorch_provider_cupy.programs import PRODUCT_TOKENS
 from llorch_provider_cupy.runtime import PLAIN_BYTES, Gemm, Plain
 
 MOST_TOKENS = PRODUCT_TOKENS[-1]  # more go to cuBLAS
-ROWS_PER_WARP = {1: 1, 2: 2, 4: 2, 8: 2}  # as kernels/products.cu has them
-PRODUCT_THREADS, PRODUCT_WARPS = 128, 4
+PRODUCT_THREADS, PRODUCT_WARPS = 128, 4  # as kernels/products.cu has them
 PARTS = 3  # products of a launch
 SLAB_BYTES = 128 << 20  # of a weight's values at once, beside the weight itself
 ROUNDED_BYTES = 16  # of a unit's scale and sums
@@ -33,6 +32,15 @@ def _address(weight: Weight | None) -> int:
 def rounded_twin(device: CudaDevice) -> tuple[int, int]:
     """Where the rounded activations of the next product lie: numbers, and each unit's scale and sums."""
     return device.scratch("numbers").address, device.scratch("rounded").address
+
+
+def round_rows(device: CudaDevice, x: Tensor) -> list[Work]:
+    """x rounded, where `rounded_twin` says."""
+    tokens, cols = x.shape
+    units = padded_columns(cols) // UNIT
+    launch = device.function(programs.program("rows"), "round_rows", FLAT_THREADS)
+    grid = (blocks(units, FLAT_THREADS // 32), tokens)
+    return [launch.work(grid, *rounded_twin(device), x.address, i32(cols), i32(units))]
 
 
 class Products:
@@ -56,12 +64,7 @@ class Products:
 
     def prepare(self, x: Tensor) -> list[Work]:
         """Rounds x for products of quantised weights."""
-        if self._plain:
-            return []
-        tokens, cols = x.shape
-        launch = self._device.function(programs.program("rows"), "round_rows", FLAT_THREADS)
-        grid = (blocks(self._units, FLAT_THREADS // 32), tokens)
-        return [launch.work(grid, *rounded_twin(self._device), x.address, i32(cols), i32(self._units))]
+        return [] if self._plain else round_rows(self._device, x)
 
     def takes(self, x: Tensor) -> Tensor | None:
         """x where it is rounded before this product."""
@@ -71,9 +74,8 @@ class Products:
         """Products of up to PARTS weights in one launch."""
         tokens = x.shape[0]
         variant = next(t for t in PRODUCT_TOKENS if t >= tokens)
-        each = PRODUCT_WARPS * ROWS_PER_WARP[variant]
         launch = self._device.function(self._program, f"product_{variant}", PRODUCT_THREADS)
-        grid = sum(blocks(w.shape[0], each) for _, w, _ in parts)
+        grid = sum(blocks(w.shape[0], self._rows_per_block(variant)) for _, w, _ in parts)
         arguments: list[Any] = []
         for out, w, bias in parts:
             arguments += [out.address, w.address, _address(bias), i32(w.shape[0])]
@@ -86,9 +88,13 @@ class Products:
         tokens, rows = x.shape[0], gate.shape[0]
         variant = next(t for t in PRODUCT_TOKENS if t >= tokens)
         launch = self._device.function(self._program, f"gate_up_{variant}", PRODUCT_THREADS)
-        grid = (blocks(rows, PRODUCT_WARPS * ROWS_PER_WARP[variant]),)
+        grid = (blocks(rows, self._rows_per_block(variant)),)
         pointers = (out.address, gate.address, up.address, _address(bias_gate), _address(bias_up))
         return [launch.work(grid, *self._x(x), *pointers, i32(rows))]
+
+    def _rows_per_block(self, variant: int) -> int:
+        """As kernels/products.cu has them."""
+        return PRODUCT_WARPS * (1 if variant == 1 and not self._plain else 2)
 
     def _x(self, x: Tensor) -> tuple[Any, ...]:
         pointers = (x.address,) if self._plain else rounded_twin(self._device)

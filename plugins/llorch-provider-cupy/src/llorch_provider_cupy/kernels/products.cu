@@ -61,10 +61,11 @@ INLINED void accumulate(float (*sums)[TOKENS], const Matrix &m, int first, const
         for (int r = 0; r < ROWS; r++) u[r] = load_unit(m, min(first + r, m.rows - 1), unit);
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
-            const size_t at = (size_t)min(t, tokens - 1) * m.units + unit;
-            const int4 a = ((const int4 *)(x.numbers + at * UNIT))[0], b = ((const int4 *)(x.numbers + at * UNIT))[1];
+            const int token = min(t, tokens - 1);
+            const int4 *at = (const int4 *)(x.numbers + place_of_numbers(token, unit, m.units));
+            const int4 a = at[0], b = at[m.units];
             const int numbers[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-            const Rounded rounded = x.rounded[at];
+            const Rounded rounded = x.rounded[(size_t)token * m.units + unit];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) sums[r][t] += unit_product(u[r], numbers, rounded);
         }
@@ -160,7 +161,7 @@ INLINED void gate_up(float *out, const byte *gate, const byte *up, const float *
         gate_up<TOKENS, ROWS>(out, gate, up, bias_gate, bias_up, rows, activations, tokens, cols, units);       \
     }
 
-PRODUCTS(1, 1)
+PRODUCTS(1, PLAIN ? 2 : 1)  // a plain row's columns are the larger part of what a lane loads: rows share them
 PRODUCTS(2, 2)
 PRODUCTS(4, 2)
 PRODUCTS(8, 2)
