@@ -21,6 +21,7 @@ from llorch.core.forecast import Forecaster
 from llorch.core.gguf import GGUFFile
 from llorch.core.loader import load_weights
 from llorch.core.model_files import open_model
+from llorch.core.opening import open_device
 from llorch.core.plan import Limits
 from llorch.core.requests import Ended, Event, Failed, Request, SamplingParams, Token
 from llorch.core.runner import Runner
@@ -80,7 +81,7 @@ def load(
             )
         limits = limits_of(config, context, parallel, chunk)
         chat = Chat.from_gguf(file, tokenizer, chat_template)
-        opened = chosen.open(device, options)
+        opened = open_device(chosen, device, options)
         Forecaster(file, config, chosen, opened).check(limits, cache_type, cache_tokens)
         weights = load_weights(file, config, opened, stages.load)
         bound = BoundModel(

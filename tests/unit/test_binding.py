@@ -151,6 +151,7 @@ def test_declined_required_operations_fail_at_load_and_are_all_listed(load_with)
     assert "declines 16 required operations" in message  # 2 a layer, 5 layers, and output_norm; 5 swiglu
     assert "rmsnorm (11 sites, first blk.0.attn_norm:" in message
     assert "swiglu (5 sites, first blk.0.ffn_swiglu:" in message
+    assert message.count("where its factory returned None (a forgotten `return`?)") == 2
     assert "--provider" in message
 
 
@@ -161,7 +162,7 @@ def test_an_operation_without_hookimpl_is_named() -> None:
 
     binder = bind(Plain())
     binder.bind("rmsnorm", NORM)
-    with pytest.raises(BindError, match="It has rmsnorm without @hookimpl"):
+    with pytest.raises(BindError, match=r"for which it has no factory\. It has rmsnorm without @hookimpl"):
         binder.finish()
 
 
@@ -209,6 +210,29 @@ def test_a_device_that_takes_no_plain_type_fails_with_the_tensors_name(load_with
 
     with pytest.raises(BindError, match=r"token_embd.weight is F32, used as embed.*takes Q4_0 for that"):
         load_with(Ops(), Strange)
+
+
+class Loose(NumpyDevice):
+    """Declares what a test says."""
+
+    weight_types: Any = {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embed": None}, "has no key 'embed', for the types that it takes as embed; it has 'matmul', 'vector'"),
+        ({"matmul": {"F32", "Q4_O"}}, r"has 'Q4_O' under 'matmul', which is no GGML type; did you mean Q4_0\?"),
+        ({"vector": "F32"}, "has 'F32' under 'vector', expected a set of GGML type names"),
+    ],
+)
+def test_weight_types_are_checked_when_a_device_is_opened(load_with, monkeypatch, changes, message) -> None:
+    plain = {use: {"F32"} for use in ("embed", "matmul", "vector")}  # a set is as good as a frozenset
+    monkeypatch.setattr(Loose, "weight_types", plain)
+    load_with(Ops(), Loose).close()
+    monkeypatch.setattr(Loose, "weight_types", {k: v for k, v in {**plain, **changes}.items() if v is not None})
+    with pytest.raises(BindError, match=f"provider acme: weight_types of its device cpu {message}"):
+        load_with(Ops(), Loose)
 
 
 def test_a_tied_embedding_is_uploaded_once_with_both_uses(load_with) -> None:
