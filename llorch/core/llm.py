@@ -336,6 +336,11 @@ class LLM:
         """
         return self._bound.checkpoints(tokens, labels, fused=fused)
 
+    def labels(self, *, fused: bool = False) -> dict[str, str]:
+        """Every label that `checkpoints` takes, in the order in which the values are computed, and the operation that
+        writes it: {"token_embd": "embed", "blk.0.attn_norm": "rmsnorm", ...}."""
+        return self._bound.labels(fused=fused)
+
     def bench_prefill(self, tokens: int) -> float:
         """Seconds to process a prompt of this many tokens, in chunks as served."""
         return self._bound.time_prefill(tokens)

@@ -9,7 +9,7 @@ import pytest
 
 import llorch
 from llorch.core.binder import Binder
-from llorch.errors import BindError
+from llorch.errors import BindError, DeviceMemoryError, KernelError
 from llorch.providers import (
     OPTIONAL,
     REQUIRED,
@@ -339,3 +339,72 @@ def test_a_providers_fused_operations_are_used_and_counted(load_with) -> None:
     for label in labels:
         np.testing.assert_array_equal(served[label], expected[label])
         np.testing.assert_array_equal(apart[label], expected[label])
+
+
+# ---- kernels that raise ----
+
+
+class Raising(Fused):
+    """Raises `error` at a site, once it is armed: the load itself runs nothing."""
+
+    def __init__(self, label: str, error: Exception) -> None:
+        super().__init__()
+        self._label, self._error = label, error
+
+    def _raising(self, spec: Any, kernel: Any) -> Any:
+        def wrong(*_args: Any) -> None:
+            raise self._error
+
+        return wrong if spec.label == self._label else kernel
+
+    @hookimpl
+    def rmsnorm(self, spec: Any) -> Any:
+        return self._raising(spec, super().rmsnorm(spec))
+
+    @hookimpl
+    def swiglu(self, spec: Any) -> Any:
+        return self._raising(spec, super().swiglu(spec))
+
+    @hookimpl
+    def add_rmsnorm(self, spec: Any) -> Any:
+        return self._raising(spec, super().add_rmsnorm(spec))
+
+
+@pytest.mark.parametrize(
+    ("label", "operation"),
+    [
+        ("blk.0.attn_norm", "rmsnorm"),
+        ("blk.3.ffn_norm", "add_rmsnorm"),  # the provider's own fused kernel
+        ("blk.2.ffn_swiglu", "swiglu"),  # a part of what core decomposes
+    ],
+)
+def test_a_kernel_that_raises_is_named_with_its_operation_and_site(load_with, label, operation) -> None:
+    error = TypeError("takes 5 positional arguments but 6 were given")
+    with load_with(Raising(label, error)) as llm:
+        with pytest.raises(KernelError) as caught:
+            llm.generate_ids([1, 403, 407], max_tokens=2)
+        assert caught.value.__cause__ is error
+        assert str(caught.value) == (
+            f"provider acme: its kernel for {operation} at {label} raised TypeError: takes 5 positional arguments but "
+            "6 were given"
+        )
+
+
+@pytest.mark.parametrize("error", [DeviceMemoryError("full"), MemoryError("full"), BindError("of its own")])
+def test_an_error_of_llorchs_own_and_a_lack_of_memory_pass_unchanged(load_with, error) -> None:
+    with load_with(Raising("blk.3.ffn_norm", error)) as llm:
+        with pytest.raises(type(error)) as caught:
+            llm.logits([1, 403, 407])
+        assert caught.value is error
+
+
+def test_the_labels_of_a_model_are_listed_with_their_operations(load_with) -> None:
+    with load_with(Ops()) as llm:
+        labels = llm.labels()
+        assert list(labels)[:4] == ["token_embd", "blk.0.attn_norm", "blk.0.attn_q", "blk.0.attn_k"]
+        assert list(labels)[-3:] == ["output_rows", "output_norm", "output"]
+        assert labels["blk.1.k_rope"] == "rope"
+        assert set(labels.values()) == set(REQUIRED)
+        assert llm.checkpoints([1, 2], list(labels)).keys() == labels.keys()
+    with load_with(Fused()) as llm:
+        assert llm.labels(fused=True)["blk.0.q_rope"] == "rope_pair"
