@@ -26,6 +26,7 @@ COMMANDS = {  # the name, with underscores, is also that of the module in llorch
     "providers": "list compute providers: what works here, what does not and why",
     "inspect": "show what is in a GGUF file and how much memory it needs",
     "bench": "measure prefill and decode speed against the machine's limit",
+    "compare": "find the first value of a model that two providers compute differently",
     "new-provider": "write the package of a new compute provider, which passes the conformance suite",
     "completion": "print a script with which bash, zsh or fish completes all of this",
 }

@@ -174,6 +174,7 @@ class LLM:
         self.loaded_at = int(time.time())  # seconds since the epoch
         self.model_ref, self.quant_kind = str(file.path), bound.config.quant_kind
         self.provider_name, self.batch_invariant = bound.provider.name, bound.provider.batch_invariant
+        self.rounds_activations: bool = getattr(bound.provider, "rounds_activations", False)
         self._file, self._bound = file, bound
         self._engine = self.engine(max_queue=1 << 16)
         self._closed = False
