@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import llorch
 from llorch import cli
 from llorch.commands._values import Run, compared
 from llorch.providers import registry
+from llorch.providers.array import ArrayDevice
 from llorch.providers.conformance.models import TinyModel, write_model
 from tests.unit.plugins import install
 
@@ -164,22 +166,26 @@ def test_the_limit_is_wider_for_a_provider_that_rounds_and_can_be_set(compare, p
     assert (status, printed.partition(":")[0]) == (0, "all 34 values agree within 0.005")
 
 
-def test_the_first_providers_device_is_closed_before_the_second_is_opened(compare, provider, monkeypatch) -> None:
-    from llorch.providers.array import ArrayDevice
-
+def test_nothing_of_the_first_device_is_left_when_the_second_is_opened(compare, provider, monkeypatch) -> None:
     provider("one")
     provider("two")
-    events: list[str] = []
+    loaded: list[str] = []
+    closed: list[weakref.ref[ArrayDevice]] = []
     load, close = registry.load, ArrayDevice.close
 
     def loading(name: str) -> Any:
-        events.append(name)
+        assert [device() for device in closed] == [None] * len(loaded)
+        loaded.append(name)
         return load(name)
 
+    def closing(device: ArrayDevice) -> None:
+        closed.append(weakref.ref(device))
+        close(device)
+
     monkeypatch.setattr(registry, "load", loading)
-    monkeypatch.setattr(ArrayDevice, "close", lambda self: (events.append("closed"), close(self))[1])
+    monkeypatch.setattr(ArrayDevice, "close", closing)
     assert compare("--provider", "one", "--against", "two")[0] == 0
-    assert events == ["one", "closed", "two", "closed"]
+    assert loaded == ["one", "two"]
 
 
 @pytest.mark.parametrize(
