@@ -60,14 +60,6 @@ def test_who_computes_an_operation_is_told(capsys) -> None:
     assert by["add_rmsnorm"] == by["gate_up_swiglu"] == "core"
 
 
-def test_the_share_is_of_the_limit_and_missing_where_caches_serve(capsys) -> None:
-    found = lines(capsys, "--provider", "numpy-cpu", "--weight-types", "F32")
-    decode = {timing["operation"]: timing for timing in found if timing["phase"] == "decode"}
-    assert decode["add"]["share_of_limit"] is None
-    matmul = decode["matmul"]
-    assert matmul["share_of_limit"] == pytest.approx(matmul["limit_seconds"] / matmul["seconds"])
-
-
 def test_products_are_timed_for_each_weight_type(capsys) -> None:
     found = lines(capsys, "--provider", "numpy-cpu", "--weight-types", "Q8_0", "--weight-types", "Q6_K")
     products = [(t["shape"], t["weight_type"]) for t in found if t["operation"] == "matmul" and t["phase"] == "decode"]
@@ -184,6 +176,14 @@ def test_a_call_is_timed_and_not_the_reading_behind_it() -> None:
     timing = OpBench(provider, device, SHAPES, 3).timing(cases(1)["add"], "decode", 1, Rates(1.0, 2.0, 4.0))
     assert 0.004 <= timing.seconds < 0.012
     assert timing.limit_seconds == timing.bytes / 2e9
+
+
+def test_the_share_is_of_the_limit_and_missing_where_caches_serve() -> None:
+    provider, rates = SlowProvider(), Rates(1.0, 2.0, 4.0)  # given: those of a busy machine may make `add` arithmetic
+    bench = OpBench(provider, provider.open(), SHAPES, 2)
+    add, matmul = (bench.timing(cases(1)[name], "decode", 1, rates) for name in ("add", "matmul"))
+    assert add.share_of_limit is None
+    assert matmul.share_of_limit == pytest.approx(matmul.limit_seconds / matmul.seconds)
 
 
 def test_bytes_and_arithmetic_are_what_the_shapes_say() -> None:
