@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llorch.errors import DeviceMemoryError
-from llorch.providers.memory_limit import MemoryLimit
+from llorch.providers.memory_limit import MemoryLimit, amount
 from llorch.providers.spec import Tensor, Use
 
 
@@ -50,8 +50,8 @@ class CacheSpec:
         """Raises DeviceMemoryError where the cache takes more than so many bytes."""
         if self.nbytes > free:
             raise DeviceMemoryError(
-                f"a KV cache of {self.blocks * self.block_size} tokens needs {self.nbytes / 2**30:.2f} GiB, "
-                f"{free / 2**30:.2f} GiB are free: start with a smaller --context or --parallel"
+                f"a KV cache of {self.blocks * self.block_size} tokens needs {amount(self.nbytes)}, "
+                f"{amount(free)} are free: start with a smaller --context or --parallel"
             )
 
 

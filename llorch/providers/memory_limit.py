@@ -1,4 +1,4 @@
-"""How much of a device's memory may be taken, as a user writes it."""
+"""Amounts of memory as a user writes and reads them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import re
 from dataclasses import dataclass
 
 _UNITS = {"mib": 1 << 20, "gib": 1 << 30}
+
+
+def amount(nbytes: int) -> str:
+    """Bytes in a message: GiB, or MiB below one."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True)
