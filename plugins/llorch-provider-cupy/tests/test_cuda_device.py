@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulator.provider import INFO, EmulatedProvider
+from emulator.provider import INFO, OTHER, EmulatedProvider
 from emulator.runtime import HostRuntime
 from llorch_provider_cupy.device import CudaDevice
 from llorch_provider_cupy.formats import FORMATS
+from llorch_provider_cupy.pipeline import Pipeline
 
 import llorch
 from llorch.core.config import ModelConfig
@@ -200,6 +201,33 @@ def test_attention_of_decodes_rotates_and_rounds(
     ]
     # of each layer the rotation and three roundings (all but the one before ffn_down), and the rounding for the logits
     assert len(launches[1]) - len(launches[0]) == len(steps) * (4 * model.layers + 1)
+
+
+@pytest.mark.parametrize(("kind", "cards"), [("Q4_0", 1), ("Q4_0", 2), ("Q6_K", 1), ("F16", 1)])
+def test_norms_within_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, cards: int) -> None:
+    """Of steps of one token: the same values but for rounding, in six launches a layer, none of them with a race."""
+    model = TinyModel(type=kind, biases=True, ffn=256, seed=3)
+    path, logits = write_model(model, tmp_path / "model.gguf"), []
+    for joins in (True, False):
+        opened = [CudaDevice(HostRuntime(races=True), info, joins_norms=joins) for info in (INFO, OTHER)[:cards]]
+        monkeypatch.setattr(registry, "choose", lambda _name: (EmulatedProvider(), "the emulated card"))
+        device = opened[0] if cards == 1 else Pipeline(opened, INFO)
+        monkeypatch.setattr(EmulatedProvider, "open", lambda *_args, device=device: device)
+        with llorch.load(path, parallel=1) as llm:
+            runner = llm._bound.runner  # type: ignore[attr-defined]
+            runner.logits([Chunk([1 + i % 250 for i in range(80)], 0, [1, 2, 3], outputs=0)])
+            for card in opened:
+                card.runtime.launched.clear()  # type: ignore[attr-defined]
+            logits.append(np.stack([runner.logits([Chunk([5 + n], 80 + n, [1, 2, 3])]).copy() for n in range(3)]))
+            launched = [name.split()[0] for card in opened for name in card.runtime.launched]  # type: ignore[attr-defined]
+            if joins and cards == 1:
+                layer = ["product_1", "attend_2", "combine", "product_norm", "gate_up_round", "product_norm"]
+                if kind == "F16":  # nothing is rounded
+                    layer[4] = "gate_up_1"
+                at = launched.index("product_norm") - 3
+                assert launched[at : at + 6] == layer
+    assert oracle.nmse(logits[0], logits[1]) < (1e-9 if kind == "F16" else 1e-4)
+    assert not np.array_equal(*logits)
 
 
 def test_only_neighbours_that_share_a_tensor_are_fused(device: CudaDevice) -> None:

@@ -10,7 +10,8 @@ from llorch.providers import AttentionSpec, Batch, Kernel
 from llorch_provider_cupy import programs
 from llorch_provider_cupy.device import CudaDevice
 from llorch_provider_cupy.formats import UNIT
-from llorch_provider_cupy.launches import Joinable, Prepared, Work, blocks, f32, i32
+from llorch_provider_cupy.joining import Joinable
+from llorch_provider_cupy.launches import Prepared, Work, blocks, f32, i32
 from llorch_provider_cupy.memory import LayerCache, Tensor, padded_dim
 from llorch_provider_cupy.products import MOST_TOKENS, round_rows, rounded_twin
 from llorch_provider_cupy.programs import ATTEND_HEADS
@@ -51,8 +52,8 @@ class Attention(Joinable):
         fits = out.shape[0] <= MOST_TOKENS and self._spec.head_dim % UNIT == 0
         return out if fits else None
 
-    def rounded(self) -> Attention:
-        return self._variant(_rounds=True)
+    def changed(self, *, rounds: bool) -> Attention:  # type: ignore[override]
+        return self._variant(_rounds=rounds)
 
     def after(
         self, rope: Joinable, _out: Tensor, q: Tensor, k: Tensor, _v: Tensor, _cache: LayerCache, batch: Batch

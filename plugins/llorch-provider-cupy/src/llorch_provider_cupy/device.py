@@ -21,7 +21,8 @@ from llorch.providers import (
 )
 from llorch_provider_cupy import programs
 from llorch_provider_cupy.formats import FORMATS, LARGEST_HALF, UNIT
-from llorch_provider_cupy.launches import FLAT_THREADS, Function, Work, blocks, f32, fuse, i32
+from llorch_provider_cupy.joining import fuse
+from llorch_provider_cupy.launches import FLAT_THREADS, Function, Work, blocks, f32, i32
 from llorch_provider_cupy.memory import (
     Inputs,
     KVCache,
@@ -53,11 +54,18 @@ class CudaDevice:
     capture_sizes = CAPTURE_SIZES
 
     def __init__(
-        self, runtime: Runtime, info: DeviceInfo, *, halves: bool = False, prompts_on_tensor_cores: bool = False
+        self,
+        runtime: Runtime,
+        info: DeviceInfo,
+        *,
+        halves: bool = False,
+        prompts_on_tensor_cores: bool = False,
+        joins_norms: bool = False,
     ) -> None:
-        """`halves`: weights of products are kept as halves too, for products of many tokens."""
+        """`halves`: weights of products are kept as halves too, for products of many tokens. `joins_norms`: in steps
+        of one token, norms and the rounding behind gate and up are done by the products before them."""
         self.runtime, self.info, self._halves = runtime, info, halves
-        self.prompts_on_tensor_cores = prompts_on_tensor_cores
+        self.prompts_on_tensor_cores, self.joins_norms = prompts_on_tensor_cores, joins_norms
         self.properties = runtime.properties
         self._memory = Memory(runtime)
         self._functions: dict[tuple[Program, str], Function] = {}
@@ -241,7 +249,8 @@ class CudaDevice:
         return self.runtime.record(run)
 
     def fuse(self, entries: Sequence[Any]) -> Sequence[Any]:
-        return [entries[place]._replace(kernel=kernel) for place, kernel in fuse(entries).items()]
+        joined = fuse(entries, norms=self.joins_norms)
+        return [entries[place]._replace(kernel=kernel) for place, kernel in joined.items()]
 
     def memory(self) -> MemoryInfo:
         total, free = self.runtime.memory()

@@ -7,14 +7,14 @@ A site says, for the tensors of a call, what is to be enqueued (`works`). Called
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from llorch.providers import OpSpec, RopeSpec, Step
+from llorch.providers import OpSpec, RMSNormSpec, RopeSpec, Step
+from llorch_provider_cupy.joining import Joinable
 from llorch_provider_cupy.programs import Program
 
 if TYPE_CHECKING:
@@ -26,47 +26,25 @@ Work: TypeAlias = Callable[[], None]
 FLAT_THREADS, ROW_THREADS = 256, 512  # as kernels/rows.cu has them
 
 
-class Joinable:
-    """A kernel of a plan that may do a part of its neighbour's work. Arguments are those of its entry there."""
+@dataclass(frozen=True)
+class Shares:
+    """What a site can share with its neighbours, as `Joinable` has it: of the arguments of the contract's kernel."""
 
-    rope: RopeSpec | None = None  # where it rotates q and k, and does no more
-
-    def gives(self, *_args: Any) -> Tensor | None:
-        """The tensor that it can round for a product as well as write."""
-        return None
-
-    def takes(self, *_args: Any) -> Tensor | None:
-        """The tensor that it rounds first."""
-        return None
-
-    def rounded(self) -> Joinable:
-        """Itself, with the rounding that it gives, or without the one that it takes."""
-        raise NotImplementedError
-
-    def after(self, _rope: Joinable, *_args: Any) -> Joinable | None:
-        """Itself, with the rotation right before it, which is then left out. None where it has no use for it."""
-        return None
+    gives: Callable[..., Tensor | None] | None = None
+    takes: Callable[..., Tensor | None] | None = None
+    adds: Callable[..., Tensor | None] | None = None
+    divides: Callable[..., Tensor | None] | None = None
+    rope: RopeSpec | None = None
+    norm: RMSNormSpec | None = None
 
 
 class Site:
-    """A kernel of the contract.
-
-    `gives(*args)`, `takes(*args)` as those of `Joinable`: such a site's works take `rounded=True`, and do (or leave
-    out) the rounding.
-    """
+    """A kernel of the contract. Its works take the changes that what it shares brings."""
 
     def __init__(
-        self,
-        device: CudaDevice,
-        spec: OpSpec,
-        works: Callable[..., Sequence[Work]],
-        *,
-        gives: Callable[..., Tensor | None] | None = None,
-        takes: Callable[..., Tensor | None] | None = None,
-        rope: RopeSpec | None = None,
+        self, device: CudaDevice, spec: OpSpec, works: Callable[..., Sequence[Work]], shares: Shares | None = None
     ) -> None:
-        self._device, self._spec, self._works = device, spec, works
-        self.gives, self.takes, self.rope = gives, takes, rope
+        self._device, self._spec, self._works, self.shares = device, spec, works, shares or Shares()
 
     def __call__(self, *args: Any) -> None:
         for work in self._works(*args):
@@ -74,19 +52,20 @@ class Site:
 
     def steps(self, *args: Any) -> Sequence[Step]:
         """The work prepared, as one step that carries the site's spec: what it writes is there after it."""
-        return [Step(self.prepared(args), (), self._spec)]
+        return [Step(self.prepared(args, {}), (), self._spec)]
 
-    def prepared(self, args: tuple[Any, ...], **variant: bool) -> Prepared:
-        works = tuple(self._works(*args, **variant))
-        return Prepared(self, args, works, self._device.scratches())
+    def prepared(self, args: tuple[Any, ...], changes: Mapping[str, Any]) -> Prepared:
+        works = tuple(self._works(*args, **changes))
+        return Prepared(self, args, changes, works, self._device.scratches())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepared(Joinable):
     """The work of a site for the tensors of a plan. Addresses do not keep memory alive, so it does."""
 
     site: Site
     args: tuple[Any, ...]
+    changes: Mapping[str, Any]
     works: tuple[Work, ...]
     scratches: tuple[Any, ...]
 
@@ -96,41 +75,30 @@ class Prepared(Joinable):
 
     @property
     def rope(self) -> RopeSpec | None:  # type: ignore[override]
-        return self.site.rope
+        return self.site.shares.rope
+
+    @property
+    def norm(self) -> RMSNormSpec | None:  # type: ignore[override]
+        return self.site.shares.norm
 
     def gives(self, *_args: Any) -> Tensor | None:
-        return None if self.site.gives is None else self.site.gives(*self.args)
+        return self._shared("gives")
 
     def takes(self, *_args: Any) -> Tensor | None:
-        return None if self.site.takes is None else self.site.takes(*self.args)
+        return None if "normed" in self.changes else self._shared("takes")
 
-    def rounded(self) -> Prepared:
-        return self.site.prepared(self.args, rounded=True)
+    def adds(self, *_args: Any) -> Tensor | None:
+        return None if "normed" in self.changes else self._shared("adds")
 
+    def divides(self, *_args: Any) -> Tensor | None:
+        return None if "into" in self.changes else self._shared("divides")
 
-def fuse(steps: Sequence[Any]) -> dict[int, Any]:
-    """The kernels of a plan's entries by their place, those that were joined with the next left out.
+    def _shared(self, what: str) -> Tensor | None:
+        say: Callable[..., Tensor | None] | None = getattr(self.site.shares, what)
+        return None if say is None else say(*self.args)
 
-    Attention rotates q and k; what writes a tensor that the product right behind it takes rounds it, as nothing comes
-    between the two.
-    """
-    kernels = {place: step.kernel for place, step in enumerate(steps)}
-    pairs = list(enumerate(itertools.pairwise(steps)))
-    for place, (first, second) in pairs:
-        a, b = first.kernel, second.kernel
-        if isinstance(a, Joinable) and isinstance(b, Joinable) and a.rope is not None:
-            turning = b.after(a, *second.args)
-            if turning is not None:
-                del kernels[place]
-                kernels[place + 1] = turning
-    for place, (first, second) in pairs:
-        a, b = kernels.get(place), kernels.get(place + 1)
-        if not isinstance(a, Joinable) or not isinstance(b, Joinable):
-            continue
-        given = a.gives(*first.args)
-        if given is not None and given == b.takes(*second.args):
-            kernels[place], kernels[place + 1] = a.rounded(), b.rounded()
-    return kernels
+    def changed(self, **changes: Any) -> Prepared:
+        return self.site.prepared(self.args, {**self.changes, **changes})
 
 
 class Function:

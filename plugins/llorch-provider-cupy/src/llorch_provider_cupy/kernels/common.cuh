@@ -102,6 +102,8 @@ INLINED Turn turn_of(int position, double turns, float magnitude) {
     return found;
 }
 
+INLINED float gated(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+
 // ---- warps and blocks ----
 
 INLINED int lane_index() { return threadIdx.x & 31; }

@@ -48,8 +48,6 @@ KERNEL(FLAT_THREADS) add(float *out, const float *x, const float *y, uint64 coun
     if (i < count) out[i] = x[i] + y[i];
 }
 
-INLINED float gated(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
-
 KERNEL(FLAT_THREADS) swiglu(float *out, const float *gate, const float *up, uint64 count) {
     const uint64 i = (uint64)blockIdx.x * FLAT_THREADS + threadIdx.x;
     if (i < count) out[i] = gated(gate[i], up[i]);
