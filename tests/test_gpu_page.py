@@ -73,12 +73,12 @@ def test_without_a_card_the_commands_end_with_the_reason(cloner: Reader, text: s
 
 def test_the_commands_run_over_the_emulated_card(cloner: Reader) -> None:
     put_emulator(cloner.scratch)
-    cloner.environment |= {"PROVIDER": "cuda-emulated", "PARTS": "providers rope text"}
+    cloner.environment |= {"PROVIDER": "cuda-emulated", "PARTS": "providers rope compare_one_token text"}
     variables = {"RESULTS": str(cloner.scratch / "results"), "SIZES": f"{SMALL} --without-torch"}
     status, said = cloner.script_status(FIRST_RUN, variables)
     assert status == 0, said
     assert [line.split()[:2] for line in said.splitlines() if line.startswith("ok ")] == [
-        ["ok", "providers"], ["ok", "rope"], ["ok", "text"],
+        ["ok", "providers"], ["ok", "rope"], ["ok", "compare_one_token"], ["ok", "text"],
     ]  # fmt: skip
     assert "0 parts failed" in said
     found = json.loads((cloner.scratch / "results" / "gpu.json").read_text())
