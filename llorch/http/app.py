@@ -15,6 +15,7 @@ from llorch.http.bodies import CANCEL_FIELDS, execute_fields
 from llorch.http.debug import DEBUG_ROUTES
 from llorch.http.docs import Body, assets_router, docs_config
 from llorch.http.errors import EXCEPTION_HANDLERS
+from llorch.http.guard import LocalGuard
 from llorch.http.logs import RequestLog
 from llorch.http.openai.bodies import Bounds, chat_fields, completion_fields
 from llorch.http.openai.completions import Completions
@@ -27,8 +28,8 @@ from llorch.http.turns import Turns
 from llorch.http.worker import ROUTES
 
 
-def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
-    """The ASGI application of one worker."""
+def create_app(worker: Worker, settings: ServeSettings, *, loopback: bool) -> ASGIApp:
+    """The ASGI application of one worker. `loopback`: whether it listens to its own machine alone."""
     keys = settings.api_keys
     example = {"job_id": "job-1", "prompt": "Once upon a time", "max_tokens": 64, "temperature": 0}
     messages = [{"role": "user", "content": "Tell me a story."}]
@@ -60,7 +61,10 @@ def create_app(worker: Worker, settings: ServeSettings) -> ASGIApp:
         logging_config=None,  # logs.py configures all of them
     )
     # around Litestar, not within: routes that do not exist need a correlation id and a key too
-    whole = RequestLog(Turns(APIKeys(_with_head(app), keys)))
+    guarded: ASGIApp = Turns(APIKeys(_with_head(app), keys))
+    if loopback and not keys:
+        guarded = LocalGuard(guarded, settings.known_hosts, None)
+    whole = RequestLog(guarded)
     return whole if worker.tracer is None else worker.tracer.following(whole)
 
 

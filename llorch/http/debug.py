@@ -10,6 +10,7 @@ from litestar.exceptions import PermissionDeniedException
 
 from llorch.core.stats import EngineStats, JobRecord
 from llorch.http.auth import key_of
+from llorch.http.guard import is_forwarded
 from llorch.http.service import Worker
 from llorch.http.worker import ErrorBody, spec
 
@@ -47,7 +48,7 @@ class EngineBody:
 )
 async def debug_engine(request: Request[Any, Any, Any], worker: Worker) -> Response[dict[str, Any]]:
     host = request.client.host if request.client is not None else ""
-    if key_of(request.scope) is None and not host.startswith(LOOPBACK):
+    if key_of(request.scope) is None and (not host.startswith(LOOPBACK) or is_forwarded(request.scope)):
         raise PermissionDeniedException("only this machine may ask while no API key is set")
     engine = worker.engine.engine
     running, waiting = engine.jobs() if engine is not None else ([], [])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from llorch.settings import ChatModelSettings
+from llorch.settings import ChatModelSettings, StringList
 
 TEST_CALLBACK = "localhost:9999"
 
@@ -20,6 +21,9 @@ class ServeSettings(ChatModelSettings):
         None, description="keys that clients must send, separated by commas; better set as LLORCH_API_KEY"
     )
     insecure: bool = Field(False, description="allow an address that others can reach without an API key")
+    allowed_host: StringList = Field(
+        [], description="name that a worker without an API key answers to beside localhost; may be repeated"
+    )
 
     worker_id: str | None = Field(None, min_length=1, description="this worker's name in its pool, random by default")
     callback_url: str | None = Field(
@@ -87,6 +91,11 @@ class ServeSettings(ChatModelSettings):
         if value is not None and TEST_CALLBACK not in value and not value.startswith(("http://", "https://")):
             raise ValueError("expected a URL that begins with http:// or https://")
         return value
+
+    @property
+    def known_hosts(self) -> tuple[str, ...]:
+        """Names in Host headers that are this worker's beside localhost: its own, the pool's for it, those allowed."""
+        return (self.host, *([] if self.uri is None else [urlsplit(self.uri).netloc]), *self.allowed_host)
 
     @property
     def openai_tokens_limit(self) -> int | None:

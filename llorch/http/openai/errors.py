@@ -11,6 +11,7 @@ from litestar.types import ExceptionHandler, ExceptionHandlersMap
 
 from llorch.errors import ChatTemplateError, ContextOverflowError, LlorchError, RequestError
 from llorch.http.errors import HTTP_CODES, RETRY_AFTER_SECONDS, STATUS, http_message, json_response
+from llorch.http.errors import error_body as native_body
 from llorch.http.fields import BodyError
 
 log = structlog.stdlib.get_logger(__name__)
@@ -32,6 +33,13 @@ def is_openai(path: str) -> bool:
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def shaped(path: str, status: int, code: str, message: str, retriable: bool = False) -> dict[str, Any]:
+    """An error's body in the shape that clients of a path expect; `code` is the worker contract's."""
+    if is_openai(path):
+        return error_body(status, message, None, code.lower())
+    return native_body(code, message, retriable)
 
 
 def describe(error: LlorchError, path: str) -> tuple[int, dict[str, Any]]:
