@@ -168,7 +168,8 @@ class Worker:
         try:
             self.engine.submit(request, job.emit)
         except ContextOverflowError as error:
-            raise BodyError([Violation("prompt", f"tokens(1..={llm.context - 1})", str(error))]) from error
+            message = str(error).removeprefix("prompt ")  # a violation's begins with the field's name
+            raise BodyError([Violation("prompt", f"tokens(1..={llm.context - 1})", message)]) from error
         return len(tokens)
 
     def cancel(self, job_id: str) -> bool:

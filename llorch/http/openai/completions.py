@@ -172,4 +172,5 @@ def _log_accepted(name: str, body: GenerationBody, prompts: Prompts) -> None:
         n=body.n,
         max_tokens=body.max_tokens,
         temperature=body.sampling.temperature,
+        **({"unknown_fields": body.passed_over} if body.passed_over else {}),
     )

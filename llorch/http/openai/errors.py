@@ -18,6 +18,14 @@ log = structlog.stdlib.get_logger(__name__)
 
 PREFIX = "/v1"
 MAX_TOLD = 5  # violations in one message
+# the worker contract's rules, which hold a field's bounds, by names that clients can tell apart; others: invalid_value
+CODES = {
+    "json": "invalid_json",
+    "type": "invalid_type",
+    "required": "missing_required_parameter",
+    "unsupported": "unsupported_parameter",
+    **dict.fromkeys(("range", "token", "length", "max_length", "max_count"), "out_of_range"),
+}
 
 
 class ModelNotFoundError(RequestError):
@@ -62,7 +70,8 @@ def _violations(error: BodyError) -> dict[str, Any]:
     first, *_ = told = [violation.to_wire() for violation in error.violations[:MAX_TOLD]]
     more = len(error.violations) - len(told)
     message = "; ".join(violation["message"] for violation in told) + (f"; and {more} more" if more else "")
-    return error_body(400, message, None if first["field"] == "body" else first["field"], first["constraint"])
+    code = CODES.get(first["constraint"].partition("(")[0], "invalid_value")
+    return error_body(400, message, None if first["field"] == "body" else first["field"], code)
 
 
 def retry_after(error: LlorchError) -> dict[str, str]:
