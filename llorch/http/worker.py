@@ -191,7 +191,7 @@ async def execute(request: Request[Any, Any, Any], worker: Worker) -> ASGIApp:
     tags=["worker"],
     summary="Cancel a job",
     description="Idempotent, also for a job that still waits. Its stream ends with an `error` event, code CANCELLED; "
-    "no token follows.",
+    "no token follows. A job of another API key is none.",
     responses={
         202: spec(CancelAccepted, "The job ends, or there is none."),
         400: INVALID,
@@ -201,7 +201,7 @@ async def execute(request: Request[Any, Any, Any], worker: Worker) -> ASGIApp:
 )
 async def cancel(request: Request[Any, Any, Any], worker: Worker) -> Response[CancelAccepted]:
     job_id: str = parse_body(await read_body(request), CANCEL_FIELDS)["job_id"]
-    return Response(CancelAccepted(job_id, worker.cancel(job_id)), status_code=202)
+    return Response(CancelAccepted(job_id, worker.cancel(job_id, key_of(request.scope))), status_code=202)
 
 
 @get(

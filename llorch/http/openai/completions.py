@@ -101,7 +101,8 @@ class Completions:
         name, count = f"{prefix}-{uuid.uuid4().hex}", prompts * body.n
         events = Events()
         jobs = [
-            self._worker.open_job(name if count == 1 else f"{name}-{i}", _deliver_to(events, i)) for i in range(count)
+            self._worker.open_job(name if count == 1 else f"{name}-{i}", _deliver_to(events, i), key)
+            for i in range(count)
         ]
         pool = self._renderers if isinstance(body, ChatBody) else None
         found = await self._worker.queue(jobs, lambda: self._submit(body, key, encode(), jobs), pool)
