@@ -83,6 +83,21 @@ def test_a_correlation_id_is_sent_back(client: httpx.Client, method: str, path: 
 
 
 @pytest.mark.parametrize(("method", "path", "status"), PATHS)
+def test_a_request_id_is_another_name_of_it_and_both_are_sent(
+    client: httpx.Client, method: str, path: str, status: int
+) -> None:
+    for sent, found in (
+        ({"X-Request-Id": "req-1"}, "req-1"),
+        ({"X-Request-Id": "req-1", "X-Correlation-Id": "abc-123"}, "abc-123"),
+        ({"X-Request-Id": "req-1", "X-Correlation-Id": "not valid"}, "req-1"),
+        ({"X-Request-Id": "not valid"}, "[0-9a-f]{32}"),
+    ):
+        headers = client.request(method, path, headers=sent).headers
+        assert re.fullmatch(found, headers["x-correlation-id"])
+        assert headers["x-request-id"] == headers["x-correlation-id"]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), PATHS)
 def test_a_correlation_id_is_generated_where_absent(client: httpx.Client, method: str, path: str, status: int) -> None:
     ids = {client.request(method, path).headers["x-correlation-id"] for _ in range(2)}
     assert len(ids) == 2
