@@ -33,7 +33,7 @@ def create_app(worker: Worker, settings: ServeSettings, *, loopback: bool) -> AS
     keys = settings.api_keys
     example = {"job_id": "job-1", "prompt": "Once upon a time", "max_tokens": 64, "temperature": 0}
     messages = [{"role": "user", "content": "Tell me a story."}]
-    completions = Completions(worker, settings.openai_tokens_limit)
+    completions = Completions(worker, settings.openai_tokens_limit, settings.alias)
     bodies = {
         "/execute": Body(execute_fields(settings.max_tokens_limit, None), example),
         "/cancel": Body(CANCEL_FIELDS, {"job_id": "job-1"}),

@@ -25,6 +25,7 @@ class ServeSettings(ChatModelSettings):
         [], description="name that a worker without an API key answers to beside localhost; may be repeated"
     )
 
+    alias: str | None = Field(None, min_length=1, description="the model's id below /v1, its own name by default")
     worker_id: str | None = Field(None, min_length=1, description="this worker's name in its pool, random by default")
     callback_url: str | None = Field(
         None, description=f"pool manager's URL, told once when the model is ready; {TEST_CALLBACK} in it is test mode"
