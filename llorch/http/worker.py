@@ -213,7 +213,7 @@ async def cancel(request: Request[Any, Any, Any], worker: Worker) -> Response[Ca
 )
 async def metrics(request: Request[Any, Any, Any], worker: Worker) -> Response[bytes]:
     content, content_type = worker.metrics.render(request.headers.get("accept", ""))
-    return Response(content, media_type=content_type)
+    return Response(content, headers={"Content-Type": content_type})  # as a media type it would get a second charset
 
 
 async def read_body(request: Request[Any, Any, Any]) -> bytes:

@@ -148,6 +148,29 @@ def test_metrics_count_what_happens(client: httpx.Client, server: Server) -> Non
     assert after["llorch_queue_depth"] == after["llorch_running_requests"] == after["llorch_kv_blocks_used"] == 0
 
 
+TEXTS = {
+    "/": "text/html",
+    "/page/app.js": "text/javascript",
+    "/page/style.css": "text/css",
+    "/metrics": "text/plain; version=0.0.4",
+    "/docs": "text/html",
+    "/docs/start.js": "text/javascript",
+}
+
+
+@pytest.mark.parametrize("path", TEXTS)
+def test_a_text_names_its_charset_once(client: httpx.Client, path: str) -> None:
+    assert client.get(path).headers.get_list("content-type") == [f"{TEXTS[path]}; charset=utf-8"]
+
+
+def test_metrics_come_in_the_format_that_is_asked_for(client: httpx.Client) -> None:
+    kind = client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"}).headers[
+        "content-type"
+    ]
+    assert kind.startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
+    assert kind.count("charset") == 1
+
+
 # ---- keys ----
 
 
@@ -287,6 +310,7 @@ def test_the_document_keeps_to_openapi_3_0(client: httpx.Client) -> None:
             assert not isinstance(node.get("type"), list), path
             assert node.get("type") != "null", path
             assert "const" not in node, path
+            assert node.get("required") != [], path
             if "$ref" in node:
                 assert resolve(str(node["$ref"])), path
             for key, value in node.items():
