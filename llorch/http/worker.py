@@ -221,7 +221,7 @@ async def read_body(request: Request[Any, Any, Any]) -> bytes:
     try:
         return await request.body()
     except InternalServerException as error:
-        raise CancelledError("the client left before its request was whole") from error
+        raise CancelledError("the request did not come whole") from error
 
 
 ROUTES = (health, execute, cancel, metrics)

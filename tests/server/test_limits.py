@@ -44,6 +44,17 @@ def talk(url: str, *parts: bytes, pause: float = 0.0, answers: int = 1) -> tuple
     return asyncio.run(conversation())
 
 
+def rest_of(url: str, sent: bytes) -> tuple[bytes, int]:
+    """All that comes until the server closes, and the client's port."""
+
+    async def conversation() -> tuple[bytes, int]:
+        async with connect(url) as wire:
+            await wire.send(sent)
+            return await wire.closed(10), wire.writer.get_extra_info("sockname")[1]
+
+    return asyncio.run(conversation())
+
+
 # ---- clients that are slow ----
 
 SLOW = {
@@ -177,7 +188,11 @@ CASES: dict[str, tuple[bytes, int]] = {
     "a header without an end": (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: " + BIG, 431),
     "a target without an end": (b"GET /" + BIG, 431),
     "http/1.0": (b"GET /health HTTP/1.0\r\n\r\n", 200),
-    "a target with a host": (b"GET http://a/health HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+    "a target with a host": (b"GET http://localhost:1/health HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+    "a target with a host alone": (b"GET HTTP://localhost?a=b HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+    "a target with another's host": (b"GET http://a/health HTTP/1.1\r\nHost: localhost\r\n\r\n", 403),
+    "a target with no host": (b"GET http:///health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "a target with half a host": (b"GET http://[/health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     "a star": (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
     "connect": (b"CONNECT a:80 HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
     "trace": (b"TRACE /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
@@ -207,7 +222,53 @@ def test_what_is_no_ordinary_request_is_answered(server: Server, name: str) -> N
     if status >= 400:
         assert answers[0].json().keys() == {"code", "message", "retriable"}
         assert len(answers[0].body) < 1000
+        assert b"bytearray" not in answers[0].body
+    assert {"date", "x-correlation-id", "x-request-id"} <= answers[0].headers.keys()
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def head_of(size: int) -> bytes:
+    """A request whose head has so many bytes."""
+    begin, end = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Padding: ", b"\r\n\r\n"
+    return begin + b"x" * (size - len(begin) - len(end)) + end
+
+
+@pytest.mark.parametrize(("size", "status"), [(20_000, 200), (1 << 16, 200), ((1 << 16) + 1, 431), (100_000, 431)])
+def test_a_head_has_one_limit_however_it_comes(server: Server, size: int, status: int) -> None:
+    sent = head_of(size)
+    for step in (size, 9_000):
+        answers, _ = talk(server.url, *[sent[i : i + step] for i in range(0, size, step)], pause=0.02)
+        assert answers[0].status == status, step
+        if status == 431:
+            assert answers[0].json()["code"] == "HEADERS_TOO_LARGE"
+            assert "65536 bytes" in answers[0].json()["message"]
+
+
+def test_what_is_refused_before_it_is_a_request_is_answered_as_well_as_any_and_logged_once(server: Server) -> None:
+    head = b"POST /cancel HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: %s\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+
+    found, port = rest_of(server.url, head % b"bad-chunk")
+    assert found.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b"x-request-id: bad-chunk\r\n" in found
+    (line,) = server.logged("request refused", status=400, correlation_id="bad-chunk")
+    assert line["peer"] == f"127.0.0.1:{port}"
+    assert line["reason"] == "this is no HTTP request that can be served: illegal chunk header"
+    assert not server.logged("Invalid HTTP request received.")
+
+
+def test_what_is_refused_has_the_shape_of_its_own_path_not_of_the_last(server: Server) -> None:
+    answers, _ = talk(server.url, request("GET", "/v1/models"), b"nonsense\r\n\r\n", pause=0.1, answers=2)
+    assert (answers[0].status, answers[1].status) == (200, 400)
+    assert answers[1].json()["code"] == "INVALID_REQUEST"
+
+
+def test_a_route_that_reads_no_body_and_gets_a_bad_one_is_answered_once(server: Server) -> None:
+    for method in ("GET", "HEAD"):
+        head = f"{method} /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        rest, _ = rest_of(server.url, head.encode() + b"zz\r\n")
+        assert rest.count(b"HTTP/1.1 ") == 1
+        assert rest.endswith(b"\r\n\r\n") == (method == "HEAD")
+    assert not [line for line in server.lines if "Traceback" in str(line)]
 
 
 def test_head_has_the_headers_alone(server: Server) -> None:
