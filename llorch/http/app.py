@@ -7,7 +7,7 @@ from typing import cast
 from litestar import Litestar
 from litestar.di import Provide
 from litestar.enums import ScopeType
-from litestar.types import ASGIApp, Receive, Scope, Send
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from llorch.http import page
 from llorch.http.auth import APIKeys
@@ -72,8 +72,18 @@ def _with_head(app: ASGIApp) -> ASGIApp:
     """HEAD wherever there is GET: HTTP asks for it, and some health checks use it. The server leaves out the body."""
 
     async def as_get(scope: Scope, receive: Receive, send: Send) -> None:
+        async def allowing(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [(name, _and_head(name, value)) for name, value in message.get("headers", ())]
+            await send(message)
+
         if scope["type"] == ScopeType.HTTP and scope["method"] == "HEAD":
             scope = cast(Scope, {**scope, "method": "GET"})
-        await app(scope, receive, send)
+        await app(scope, receive, allowing)
 
     return as_get
+
+
+def _and_head(name: bytes, value: bytes) -> bytes:
+    """The value of a header, which may be the list of a path's methods."""
+    return value.replace(b"GET", b"GET, HEAD") if name.lower() == b"allow" else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
 import sys
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,7 @@ import h11
 import structlog
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from llorch.http import sse
 from llorch.http.errors import RETRY_AFTER_SECONDS, dump_json
 from llorch.http.head import MAX_HEAD_BYTES, Connection
 from llorch.http.logs import correlation_headers, correlation_id_of
@@ -31,6 +33,9 @@ _QUOTED = re.compile(r":? ?(bytearray\()?b['\"].*", re.DOTALL)  # the client's b
 # uvicorn's own, but for a warning without peer or reason at each request that is refused here
 _uvicorn_log = logging.getLogger("uvicorn.error.connections")
 _uvicorn_log.setLevel(logging.ERROR)
+
+
+LOOK_SECONDS = 0.02  # between two looks for what a connection's other end says
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class LimitedProtocol(H11Protocol):
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._unsent = 0  # bytes, when the timer was set
+        self._no_more = False  # requests: the client has closed its side
+        self._leaving_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast(asyncio.Transport, transport)
@@ -66,6 +73,8 @@ class LimitedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_read_timer()
         self._stop_write_timer()
+        if self._leaving_timer is not None:
+            self._leaving_timer.cancel()
         super().connection_lost(exc)
 
     # ---- clients that do not send ----
@@ -76,6 +85,8 @@ class LimitedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._no_more and self.cycle.response_complete:  # and no pipelined request has begun
+            self.transport.close()
         self._time_reading()  # the head of a pipelined request may be here in part
 
     def _time_reading(self) -> None:
@@ -104,6 +115,30 @@ class LimitedProtocol(H11Protocol):
         if self._read_timer is not None:
             self._read_timer.cancel()
             self._read_timer = None
+
+    # ---- clients that send no more, and those that have left ----
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's type; uvicorn's own always closes
+        """A client may close its side behind a whole request, and wait for the answer. Whether one does.
+
+        It looks the same when it has left, and its job is to end then. What it is sent now tells: whoever waits passes
+        over it, and the system of a client that has left answers with a reset.
+        """
+        self._no_more = self.cycle is not None and not self.cycle.response_complete and not self._reading
+        if not self._no_more or self.scope["http_version"] == "1.0":  # which knows no interim responses
+            return False
+        if self.conn.our_state is h11.SEND_RESPONSE:
+            self._write(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
+        elif sse.IN_SCOPE in self.scope:
+            self._write(h11.Data(data=sse.KEEP_ALIVE))
+        self._look_for_reset()
+        return True
+
+    def _look_for_reset(self) -> None:
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+        else:
+            self._leaving_timer = self.loop.call_later(LOOK_SECONDS, self._look_for_reset)
 
     # ---- clients that do not read ----
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litestar import Request, Response, get, post
-from litestar.exceptions import InternalServerException
+from litestar.exceptions import HTTPException, InternalServerException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.types import ASGIApp
@@ -218,6 +218,10 @@ async def metrics(request: Request[Any, Any, Any], worker: Worker) -> Response[b
 
 async def read_body(request: Request[Any, Any, Any]) -> bytes:
     """The raw body: its content type does not matter, and bodies.py says what is wrong with it."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        detail = f"a body in the encoding {encoding[:40]!r} is not taken: send it as it is"
+        raise HTTPException(detail, status_code=415, headers={"Accept-Encoding": "identity"})
     try:
         return await request.body()
     except InternalServerException as error:

@@ -60,6 +60,22 @@ def test_errors_of_routing_are_json(client: httpx.Client, method: str, path: str
     assert (body["code"], body["retriable"]) == (code, False)
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"), [("/health", {"GET", "HEAD"}), ("/v1/models", {"GET", "HEAD"}), ("/execute", {"POST"})]
+)
+def test_allow_lists_what_a_path_answers(client: httpx.Client, path: str, methods: set[str]) -> None:
+    for asked in ("DELETE", "OPTIONS"):
+        assert set(client.request(asked, path).headers["allow"].split(", ")) == methods | {"OPTIONS"}
+
+
+@pytest.mark.parametrize("path", ["/execute", "/v1/completions", "/tokenize"])
+def test_a_body_that_is_encoded_is_415_and_the_encoding_named(client: httpx.Client, path: str) -> None:
+    response = client.post(path, content=b"{}", headers={"Content-Encoding": "gzip"})
+    assert (response.status_code, response.headers["accept-encoding"]) == (415, "identity")
+    body = response.json()
+    assert "'gzip'" in body.get("error", body)["message"]
+
+
 def test_answers_do_not_wait_for_an_acknowledgement(client: httpx.Client) -> None:
     """Without TCP_NODELAY each answer, and each event, takes 40 ms more."""
 

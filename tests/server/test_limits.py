@@ -135,6 +135,75 @@ def test_a_client_that_does_not_read_is_cut_off(strict: Server) -> None:
     asyncio.run(conversation())
 
 
+# ---- clients that send no more, and those that have left ----
+
+BEHIND = {
+    "a stream": request("POST", "/execute", JOB | {"max_tokens": 300}),
+    "a stream of chunks": request("POST", "/v1/completions", {"prompt": "Once", "max_tokens": 300, "stream": True}),
+    "a whole answer": request("POST", "/v1/completions", {"prompt": "Once", "max_tokens": 300}),
+    "a short one": request("GET", "/v1/models"),
+    "several": request("GET", "/v1/models") * 3,
+}
+
+
+@pytest.fixture(scope="module")
+def single(start: Start) -> Iterator[Server]:
+    """One job at a time, 10 ms for a step, and nothing is due to be sent to those that wait."""
+    options = ("--provider", "paced", "--parallel", "1", "--keep-alive", "600", "--metrics-interval", "600")
+    server = start(*options, env={"PACED_STEP_SECONDS": "0.01"}).wait_healthy()
+    yield server
+    server.close()
+
+
+# at once, and in the midst of the answers that take their time
+@pytest.mark.parametrize(
+    ("name", "pause"), [*((name, 0.0) for name in BEHIND), *((name, 0.1) for name in [*BEHIND][:3])]
+)
+def test_a_client_that_closes_its_side_behind_a_request_gets_its_answer(
+    server: Server, name: str, pause: float
+) -> None:
+    async def conversation() -> tuple[list[Answer], bytes]:
+        async with connect(server.url) as wire:
+            await wire.send(BEHIND[name])
+            await asyncio.sleep(pause)
+            wire.writer.write_eof()
+            found = [await wire.answer(10) for _ in range(3 if name == "several" else 1)]
+            return found, await wire.closed(10)
+
+    before = len(server.logged("request refused"))
+    answers, rest = asyncio.run(conversation())
+    assert [answer.status for answer in answers] == [200] * len(answers)
+    if "stream" in name:
+        assert answers[0].events[-1] == "[DONE]" or answers[0].events[-1]["type"] == "end"
+    assert rest == b""
+    assert len(server.logged("request refused")) == before
+
+
+def test_a_client_that_leaves_frees_its_place_though_nothing_is_due_to_be_sent(single: Server) -> None:
+    def load() -> tuple[float, float]:
+        metrics = single.metrics()
+        return metrics["llorch_running_requests"], metrics["llorch_queue_depth"]
+
+    for name in ("a stream", "a stream of chunks", "a whole answer"):
+        for ahead in (False, True):  # whether it runs or waits
+
+            async def conversation(name: str = name, ahead: bool = ahead) -> None:
+                async with connect(single.url) as first, connect(single.url) as wire:
+                    if ahead:
+                        await first.send(request("POST", "/execute", JOB | {"job_id": "ahead", "max_tokens": 400}))
+                        await asyncio.to_thread(lambda: eventually(lambda: load()[0] == 1))
+                    await wire.send(BEHIND[name])
+                    index = 1 if ahead else 0
+                    await asyncio.to_thread(lambda: eventually(lambda: load()[index] == 1))
+                    wire.writer.close()  # as any client does: it sends no reset by itself
+                    began = time.monotonic()
+                    await asyncio.to_thread(lambda: eventually(lambda: load()[index] == 0, 3, f"{name} to be left"))
+                    assert time.monotonic() - began < 1
+
+            asyncio.run(conversation())
+            eventually(lambda: load() == (0, 0), 5)
+
+
 # ---- clients that are many ----
 
 
@@ -207,6 +276,11 @@ CASES: dict[str, tuple[bytes, int]] = {
         b"GET /docs/assets/%2e%2e%2f%2e%2e%2fetc%2fpasswd HTTP/1.1\r\nHost: localhost\r\n\r\n",
         404,
     ),
+    "a coded body": (
+        b"POST /cancel HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx",
+        415,
+    ),
+    "a body in no code": (request("POST", "/cancel", {"job_id": "a"}, {"Content-Encoding": "identity"}), 202),
     "a wish for a websocket": (
         b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
         200,
