@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from litestar import Litestar
+from litestar.config.cors import CORSConfig
 from litestar.di import Provide
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
@@ -49,6 +50,7 @@ def create_app(worker: Worker, settings: ServeSettings, *, loopback: bool) -> AS
             answer=COMPLETION_ANSWER,
         ),
     }
+    cors = _cors(settings)
     app = Litestar(
         route_handlers=[*ROUTES, *TOKEN_ROUTES, *DEBUG_ROUTES, *OPENAI_ROUTES, *page.ROUTES, assets_router()],
         dependencies={
@@ -56,16 +58,25 @@ def create_app(worker: Worker, settings: ServeSettings, *, loopback: bool) -> AS
             "completions": Provide(lambda: completions, sync_to_thread=False),
         },
         exception_handlers=beside(EXCEPTION_HANDLERS),
+        cors_config=cors,
         openapi_config=docs_config(bodies, with_keys=bool(keys)),
         request_max_body_size=settings.max_body_bytes,
         logging_config=None,  # logs.py configures all of them
     )
     # around Litestar, not within: routes that do not exist need a correlation id and a key too
-    guarded: ASGIApp = Turns(APIKeys(_with_head(app), keys))
+    guarded: ASGIApp = Turns(APIKeys(_with_head(app), keys, cors))
     if loopback and not keys:
-        guarded = LocalGuard(guarded, settings.known_hosts, None)
+        guarded = LocalGuard(guarded, settings.known_hosts, cors)
     whole = RequestLog(guarded)
     return whole if worker.tracer is None else worker.tracer.following(whole)
+
+
+def _cors(settings: ServeSettings) -> CORSConfig | None:
+    """Which sites' pages may ask, where any may. They are to see the headers that help them."""
+    if not settings.allowed_origin:
+        return None
+    shown = ["Retry-After", "X-Correlation-Id", "X-Request-Id"]
+    return CORSConfig(allow_origins=settings.allowed_origin, expose_headers=shown)
 
 
 def _with_head(app: ASGIApp) -> ASGIApp:

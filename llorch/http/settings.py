@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -23,6 +24,9 @@ class ServeSettings(ChatModelSettings):
     insecure: bool = Field(False, description="allow an address that others can reach without an API key")
     allowed_host: StringList = Field(
         [], description="name that a worker without an API key answers to beside localhost; may be repeated"
+    )
+    allowed_origin: StringList = Field(
+        [], description="site whose pages may ask this worker (CORS), https://HOST, or * for all; may be repeated"
     )
 
     alias: str | None = Field(None, min_length=1, description="the model's id below /v1, its own name by default")
@@ -85,6 +89,15 @@ class ServeSettings(ChatModelSettings):
         if self.max_running_per_key is not None and not self.api_keys:
             raise ValueError("--max-running-per-key needs API keys: set LLORCH_API_KEY")
         return self
+
+    @field_validator("allowed_origin")
+    @classmethod
+    def _are_origins(cls, value: list[str]) -> list[str]:
+        # what browsers send: a path, or no scheme, would never match
+        for origin in value:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
+                raise ValueError("expected * or what a browser calls a site, such as https://chat.example")
+        return value
 
     @field_validator("callback_url", "heartbeat_url")
     @classmethod

@@ -86,6 +86,68 @@ def test_with_a_key_names_and_sites_do_not_matter(start: Start) -> None:
     server.close()
 
 
+# ---- sites that may ask ----
+
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+SITE = "https://chat.example"
+
+
+def test_no_other_site_may_ask_unless_it_is_allowed(client: httpx.Client) -> None:
+    headers = {"Origin": SITE, **PREFLIGHT}
+    assert "access-control-allow-origin" not in client.options("/v1/chat/completions", headers=headers).headers
+    assert "access-control-allow-origin" not in client.get("/v1/models", headers={"Origin": SITE}).headers
+
+
+@pytest.mark.parametrize("key", [None, "key"])
+def test_a_site_that_is_allowed_may_ask_and_see_the_answers(start: Start, key: str | None) -> None:
+    server = start(
+        "--allowed-origin", SITE, "--allowed-origin", "http://localhost:3000", env=key_of(key)
+    ).wait_healthy()
+    given = {"Authorization": f"Bearer {key}"} if key else {}
+    with server.client() as client:
+        for path in ("/v1/completions", "/execute"):
+            asked = client.options(path, headers={"Origin": SITE, **PREFLIGHT})
+            assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (204, SITE)
+            assert "authorization" in asked.headers["access-control-allow-headers"].lower()
+            answer = client.post(path, json=JOB, headers={"Origin": SITE, **given})
+            assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, SITE)
+            assert "X-Correlation-Id" in answer.headers["access-control-expose-headers"]
+            wrong = client.post(path, json={}, headers={"Origin": SITE, **given})
+            assert (wrong.status_code, wrong.headers["access-control-allow-origin"]) == (400, SITE)
+        refused = client.options("/v1/completions", headers={"Origin": OTHER, **PREFLIGHT})
+        assert "access-control-allow-origin" not in refused.headers
+        if key:
+            for origin, seen in ((SITE, SITE), (OTHER, None)):
+                locked = client.post("/v1/completions", json=JOB, headers={"Origin": origin})
+                assert (locked.status_code, locked.headers.get("access-control-allow-origin")) == (401, seen)
+            assert client.options("/v1/completions", headers={"Origin": SITE}).status_code == 401
+        else:
+            assert client.post("/v1/completions", json=JOB, headers={"Origin": OTHER}).status_code == 403
+    server.close()
+
+
+def test_every_site_may_be_allowed(start: Start) -> None:
+    server = start("--allowed-origin", "*").wait_healthy()
+    with server.client() as client:
+        answer = client.post("/v1/completions", json=JOB, headers={"Origin": OTHER})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "*")
+        assert client.get("/v1/models", headers={"Host": "evil.example", "Origin": OTHER}).status_code == 403
+    server.close()
+
+
+def test_what_is_no_site_is_refused_at_the_start(start: Start) -> None:
+    server = start("--allowed-origin", "chat.example")
+    assert server.wait() == 2
+    assert "https://chat.example" in server.stderr
+
+
+def key_of(key: str | None) -> dict[str, str]:
+    return {"LLORCH_API_KEY": key} if key else {}
+
+
+# ---- who looks into the engine ----
+
+
 @pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "X-Real-IP"])
 def test_the_engine_is_not_shown_to_whom_a_proxy_passes_on(client: httpx.Client, header: str) -> None:
     assert client.get("/debug/engine").status_code == 200
