@@ -59,7 +59,6 @@ class LimitedProtocol(H11Protocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._unsent = 0  # bytes, when the timer was set
         self._no_more = False  # requests: the client has closed its side
-        self._leaving_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast(asyncio.Transport, transport)
@@ -73,8 +72,6 @@ class LimitedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_read_timer()
         self._stop_write_timer()
-        if self._leaving_timer is not None:
-            self._leaving_timer.cancel()
         super().connection_lost(exc)
 
     # ---- clients that do not send ----
@@ -135,10 +132,12 @@ class LimitedProtocol(H11Protocol):
         return True
 
     def _look_for_reset(self) -> None:
+        if self.transport.is_closing():
+            return
         if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.transport.abort()
         else:
-            self._leaving_timer = self.loop.call_later(LOOK_SECONDS, self._look_for_reset)
+            self.loop.call_later(LOOK_SECONDS, self._look_for_reset)
 
     # ---- clients that do not read ----
 
