@@ -36,7 +36,7 @@ def _choices(annotation: object) -> tuple[str, ...]:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.default in (None, False, PydanticUndefined):
+    if field.default in (None, False, [], PydanticUndefined):
         return ""
     return "the demo model" if field.default == DEMO_MODEL else f"`{field.default}`"
 

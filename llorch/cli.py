@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 
 from llorch import __version__
-from llorch.errors import LlorchError, SettingsError
+from llorch.errors import KernelError, LlorchError, SettingsError
 
 COMMANDS = {  # the name, with underscores, is also that of the module in llorch.commands
     "serve": "serve a model over HTTP",
@@ -26,6 +26,7 @@ COMMANDS = {  # the name, with underscores, is also that of the module in llorch
     "providers": "list compute providers: what works here, what does not and why",
     "inspect": "show what is in a GGUF file and how much memory it needs",
     "bench": "measure prefill and decode speed against the machine's limit",
+    "compare": "find the first value of a model that two providers compute differently",
     "new-provider": "write the package of a new compute provider, which passes the conformance suite",
     "completion": "print a script with which bash, zsh or fish completes all of this",
 }
@@ -51,11 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # what is still buffered would fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except KernelError as error:  # its author wants to see more
+        return _report(_with_hint(str(error)), 1)
     except LlorchError as error:
         return _report(str(error), 2 if isinstance(error, SettingsError) else 1)
     except Exception as error:  # noqa: BLE001  the last line of defence: a bug is reported, not swallowed
         name = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return _report(name if tracebacks else f"{name}\nrun again with --debug for the traceback", 70)
+        return _report(_with_hint(name), 70)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -118,6 +121,10 @@ def _report(message: str, status: int) -> int:
         traceback.print_exc()
     print(f"{_red('llorch: error:')} {message}", file=sys.stderr)
     return status
+
+
+def _with_hint(message: str) -> str:
+    return message if tracebacks else f"{message}\nrun again with --debug for the traceback"
 
 
 def _red(text: str) -> str:

@@ -10,6 +10,7 @@
     │   ├── UnknownProviderError      no installed distribution has a provider of that name
     │   ├── ProviderUnavailableError  installed, but absent hardware, broken import or another API version
     │   ├── BindError                 it opened, but does not offer what the model needs
+    │   ├── KernelError               one of its kernels raised while it ran
     │   └── DeviceMemoryError         the device is out of memory
     ├── RequestError                  one request cannot be served; others are not touched
     │   ├── InvalidRequestError       its fields are wrong
@@ -78,6 +79,10 @@ class ProviderUnavailableError(ProviderError):
 
 
 class BindError(ProviderError):
+    pass
+
+
+class KernelError(ProviderError):
     pass
 
 

@@ -21,7 +21,8 @@ from llorch.errors import SettingsError
 ENV_PREFIX = "LLORCH_"
 TOML = "llorch.toml"
 CONFIG = "config"  # the setting that names another file
-OTHER_VARIABLES = {"faults", "shared", "url", "key"}  # of llorch.testing.faulty, of the tests, of examples/clients
+# of llorch.testing.faulty, of the tests and of the emulated card, of examples/clients
+OTHER_VARIABLES = {"faults", "shared", "emulator_races", "url", "key"}
 # what Kubernetes sets in every pod beside a Service whose name begins with "llorch-"
 SERVICE_LINK = re.compile(r"\w+_service_(host|port\w*)|\w+_port(_\d+_(tcp|udp|sctp)\w*)?")
 OWN_CUTOFF, CUTOFF = 0.7, 0.6  # of difflib's ratio

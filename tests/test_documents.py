@@ -81,10 +81,13 @@ def check_toml(text: str, reader: Reader) -> None:
     if "project" not in values:
         assert values.keys() <= known_keys()
         return
-    [(group, points)] = values["project"]["entry-points"].items()
-    metadata = reader.scratch / "document-1.0.dist-info"
+    project = values["project"]
+    assert {"name", "version"} <= project.keys(), "a project that pip does not install"
+    [(group, points)] = project["entry-points"].items()
+    name, version = project["name"], project["version"]
+    metadata = reader.scratch / f"{name.replace('-', '_')}-{version}.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: document\nVersion: 1.0\n")
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     lines = [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
 

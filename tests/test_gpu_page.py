@@ -22,7 +22,7 @@ from tests.support import ROOT
 PAGE = ROOT / "docs" / "gpu-status.md"
 EMULATOR = ROOT / "plugins" / "llorch-provider-cupy" / "tests" / "emulator"
 SMALL = "--provider cuda-emulated --shape tiny --context 24 --prompt 32 --sequences 3 --steps 2 --passes 1 --size 64"
-IN_A_LAYER = ("attn_norm", "attn_q", "q_rope", "attention", "attn_output", "ffn_norm", "ffn_swiglu", "ffn_down")
+IN_A_LAYER = ("attn_norm", "attn_q", "attention", "attn_output", "ffn_norm", "ffn_swiglu", "ffn_down")
 
 
 def scripts() -> list[str]:
@@ -31,7 +31,7 @@ def scripts() -> list[str]:
     return found
 
 
-FIRST_RUN, MAKE_WHEELS, FROM_WHEELS, TENSOR_CORES = scripts()
+FIRST_RUN, MAKE_WHEELS, FROM_WHEELS, WHAT_IS_OFF = scripts()
 
 
 def put_emulator(folder: Path) -> None:
@@ -62,7 +62,7 @@ def cloner(tmp_path: Path) -> Iterator[Reader]:
     found.close()
 
 
-@pytest.mark.parametrize("text", [FIRST_RUN, TENSOR_CORES], ids=["first run", "tensor cores"])
+@pytest.mark.parametrize("text", [FIRST_RUN, WHAT_IS_OFF], ids=["first run", "what is off"])
 def test_without_a_card_the_commands_end_with_the_reason(cloner: Reader, text: str) -> None:
     if (reason := why_no_card()) is None:
         pytest.skip("there is a card: the commands run")
@@ -73,12 +73,12 @@ def test_without_a_card_the_commands_end_with_the_reason(cloner: Reader, text: s
 
 def test_the_commands_run_over_the_emulated_card(cloner: Reader) -> None:
     put_emulator(cloner.scratch)
-    cloner.environment |= {"PROVIDER": "cuda-emulated", "PARTS": "providers rope text"}
+    cloner.environment |= {"PROVIDER": "cuda-emulated", "PARTS": "providers rope compare_one_token text"}
     variables = {"RESULTS": str(cloner.scratch / "results"), "SIZES": f"{SMALL} --without-torch"}
     status, said = cloner.script_status(FIRST_RUN, variables)
     assert status == 0, said
     assert [line.split()[:2] for line in said.splitlines() if line.startswith("ok ")] == [
-        ["ok", "providers"], ["ok", "rope"], ["ok", "text"],
+        ["ok", "providers"], ["ok", "rope"], ["ok", "compare_one_token"], ["ok", "text"],
     ]  # fmt: skip
     assert "0 parts failed" in said
     found = json.loads((cloner.scratch / "results" / "gpu.json").read_text())
@@ -93,12 +93,12 @@ def test_the_commands_run_over_the_emulated_card(cloner: Reader) -> None:
 def test_a_misspelt_part_does_not_pass_for_one_that_is_right(cloner: Reader) -> None:
     put_emulator(cloner.scratch)
     cloner.environment |= {"PROVIDER": "cuda-emulated"}
-    status, said = cloner.script_status(TENSOR_CORES, {"RESULTS": str(cloner.scratch / "results"), "PARTS": "attenton"})
+    status, said = cloner.script_status(WHAT_IS_OFF, {"RESULTS": str(cloner.scratch / "results"), "PARTS": "attenton"})
     assert status == 1
     assert said.splitlines()[-2:] == ["FAILED attenton: there is no such part here", "1 parts failed: attenton"]
 
 
-@pytest.mark.parametrize("text", [FIRST_RUN, TENSOR_CORES], ids=["first run", "tensor cores"])
+@pytest.mark.parametrize("text", [FIRST_RUN, WHAT_IS_OFF], ids=["first run", "what is off"])
 def test_the_commands_run_on_a_card(cloner: Reader, text: str) -> None:
     if (reason := why_no_card()) is not None:
         pytest.skip(f"no CUDA device: {reason}")

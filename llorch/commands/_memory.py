@@ -52,13 +52,14 @@ def _need(
 ) -> Need:
     from llorch.core.forecast import Forecaster
     from llorch.core.llm import limits_of
+    from llorch.core.opening import open_device
     from llorch.providers import registry
 
     if status.state != "ok":
         return Need(provider=status.name, problem=status.reason)
     try:
         provider = registry.load(status.name)
-        device = provider.open()
+        device = open_device(provider)
         try:
             forecaster, room = Forecaster(file, config, provider, device), device.memory()
             found = forecaster.forecast(limits_of(config, *sizes), cache_type)

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from llorch.commands._terminal import console, log_plainly, status
 from llorch.errors import SettingsError
+from llorch.setting_sources import suggest
 from llorch.settings import ReportSettings, StringList, parse
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class OpBenchSettings(ReportSettings):
     provider: str = Field("auto", description="compute providers, separated by commas")
     device: str | None = Field(None, description="one of the provider's devices, its best by default")
     threads: int | None = Field(None, ge=1, description="CPU threads, the provider's choice by default")
+    only: str = Field("", description="operations to time, separated by commas, all by default")
     weight_types: StringList = Field(
         [], description="weight types of the products, by default the common ones it takes"
     )
@@ -79,30 +81,51 @@ class OpBenchSettings(ReportSettings):
 def main(argv: Sequence[str]) -> int:
     settings = parse(OpBenchSettings, argv, "llorch bench --ops")
     shapes = settings.shapes()
-    providers = [name.strip() for name in settings.provider.split(",") if name.strip()]
+    providers = _names(settings.provider)
     if not providers:
         raise SettingsError(f"--provider: expected names separated by commas, not {settings.provider!r}")
-    from llorch.providers import registry  # after parsing: --help and a mistake need no NumPy
+    only = _operations(_names(settings.only))
+    from llorch.core.opening import open_device  # after parsing: --help and a mistake need no NumPy
+    from llorch.providers import registry
     from llorch.providers.device import DeviceOptions
 
     log_plainly()
     for name in providers:
         provider, _ = registry.choose(name)
-        device = provider.open(settings.device, DeviceOptions(threads=settings.threads))
+        device = open_device(provider, settings.device, DeviceOptions(threads=settings.threads))
         try:
             found = []
-            for timing in _measure(provider, device, shapes, settings):
+            for timing in _measure(provider, device, shapes, settings, only):
                 found.append(timing)
                 if settings.as_json:
                     print(json.dumps(dataclasses.asdict(timing)), flush=True)
         finally:
             device.close()
-        if not settings.as_json:
+        if not settings.as_json and found:
             _show(found)
+        if not found:
+            raise SettingsError(f"--only: provider {name} does not offer {settings.only}, which the host does for it")
     return 0
 
 
-def _measure(provider: Provider, device: Device, shapes: Shapes, settings: OpBenchSettings) -> Iterator[Timing]:
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _operations(wanted: Sequence[str]) -> Sequence[str]:
+    """The operations to time, all where none is named. Raises SettingsError for one that there is not."""
+    from llorch.providers.spec import OPTIONAL, REQUIRED
+
+    for name in wanted:
+        if name not in REQUIRED + OPTIONAL:
+            hint = suggest(name, REQUIRED + OPTIONAL)
+            raise SettingsError(f"--only: no operation {name!r}{hint}; there are {', '.join(REQUIRED + OPTIONAL)}")
+    return wanted or REQUIRED + OPTIONAL
+
+
+def _measure(
+    provider: Provider, device: Device, shapes: Shapes, settings: OpBenchSettings, only: Sequence[str]
+) -> Iterator[Timing]:
     from llorch.commands._op_timing import OpBench
 
     types = _types(settings.weight_types, device, provider.name)
@@ -110,7 +133,7 @@ def _measure(provider: Provider, device: Device, shapes: Shapes, settings: OpBen
     with status(f"{provider.name}: measuring the device") as say:
         rates = bench.rates()
         for phase, tokens in (("decode", 1), ("prefill", shapes.prompt)):
-            for case in bench.cases.every(tokens, types):
+            for case in bench.cases.every(tokens, types, only):
                 say(f"{provider.name}: {phase}, {case.operation}")
                 yield bench.timing(case, phase, tokens, rates)
 

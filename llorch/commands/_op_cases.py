@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +14,13 @@ import numpy as np
 from llorch.core.binder import Binder
 from llorch.core.plan import Limits
 from llorch.core.quant import row_bytes
-from llorch.core.runner import batch_shapes, make_batch
+from llorch.core.runner import PASSED_ON, batch_shapes, kernel_error, make_batch
 from llorch.errors import BindError
 from llorch.providers.conformance.weights import random_weight, vector
 from llorch.providers.device import CacheSpec, Device, HostWeight
 from llorch.providers.spec import (
+    OPTIONAL,
+    REQUIRED,
     AddRMSNormSpec,
     AddSpec,
     AttentionSpec,
@@ -78,6 +82,17 @@ class Case:
         return self.nbytes * len(self.calls) >= CACHES
 
 
+@contextmanager
+def naming(provider: str, site: str) -> Iterator[None]:
+    """Raises KernelError, which names the site, for what a kernel raises within."""
+    try:
+        yield
+    except PASSED_ON:
+        raise
+    except Exception as error:
+        raise kernel_error(provider, site, error) from error
+
+
 class Cases:
     """Makes the cases of one opened device."""
 
@@ -93,19 +108,17 @@ class Cases:
                 return kind
         raise BindError(f"the device takes neither F32 nor F16 as {use}, only {', '.join(sorted(taken)) or 'nothing'}")
 
-    def every(self, tokens: int, types: Sequence[str]) -> Iterator[Case]:
-        """Every operation for this many tokens; products once for each weight type."""
-        yield from self._lookups(tokens)
-        yield from self._elementwise(tokens)
-        yield from self._rotations(tokens)
-        yield self._attention(tokens)
-        s = self._shapes
+    def every(self, tokens: int, types: Sequence[str], only: Collection[str] = REQUIRED + OPTIONAL) -> Iterator[Case]:
+        """The operations `only` for this many tokens; products once for each weight type."""
+        if "embed" in only or "gather" in only:  # else no vocabulary is loaded
+            yield from (case for case in self._lookups(tokens) if case.operation in only)
+        between = itertools.chain(self._elementwise(tokens), self._rotations(tokens))
+        yield from (case for case in between if case.operation in only)
+        if "attention" in only:
+            yield self._attention(tokens)
         for kind in types:
-            yield self.matmul(tokens, s.ffn, s.dim, kind)
-            yield self.matmul(tokens, s.dim, s.ffn, kind)
-            yield self._matmul_group(tokens, kind)
-            yield self._gate_up_swiglu(tokens, kind)
-        if tokens == 1:
+            yield from self._products(tokens, kind, only)
+        if tokens == 1 and "topk" in only:
             yield from self._topk()
 
     # ---- memory ----
@@ -141,6 +154,16 @@ class Cases:
         return replace(some, shape=(rows, cols), data=np.resize(some.data, row_bytes(kind, cols) * rows))
 
     # ---- products ----
+
+    def _products(self, t: int, kind: str, only: Collection[str]) -> Iterator[Case]:
+        s = self._shapes
+        if "matmul" in only:
+            yield self.matmul(t, s.ffn, s.dim, kind)
+            yield self.matmul(t, s.dim, s.ffn, kind)
+        if "matmul_group" in only:
+            yield self._matmul_group(t, kind)
+        if "gate_up_swiglu" in only:
+            yield self._gate_up_swiglu(t, kind)
 
     def matmul(self, t: int, rows: int, cols: int, kind: str) -> Case:
         spec = MatmulSpec(max_tokens=t, rows=rows, cols=cols, type=kind)
@@ -219,10 +242,11 @@ class Cases:
         frequencies = tuple(float(f) for f in 10000.0 ** -(np.arange(0, dim, 2) / dim))
         rope = RopeSpec(max_tokens=t, heads=s.heads, head_dim=dim, pairing="adjacent", frequencies=frequencies)
         q, k, positions = self._floats(t, s.dim), self._floats(t, s.kv_dim), self._ints(range(t))
-        yield Case("rope", rope, f"{s.heads} x {dim}", [(q, positions)], 8 * t * s.dim, 3 * t * s.dim)
+        yield Case("rope", rope, f"{t} x {s.heads} x {dim}", [(q, positions)], 8 * t * s.dim, 3 * t * s.dim)
         pair = RopePairSpec(max_tokens=t, q=rope, k=replace(rope, heads=s.kv_heads))
         both = t * (s.dim + s.kv_dim)
-        yield Case("rope_pair", pair, f"({s.heads} + {s.kv_heads}) x {dim}", [(q, k, positions)], 8 * both, 3 * both)
+        shape = f"{t} x ({s.heads} + {s.kv_heads}) x {dim}"
+        yield Case("rope_pair", pair, shape, [(q, k, positions)], 8 * both, 3 * both)
 
     def _attention(self, t: int) -> Case:
         """One sequence: a token behind a context, or a prompt from its start."""
@@ -252,8 +276,9 @@ class Cases:
             batch.tokens, batch.sequences, batch.max_query, batch.max_context = len(places), 1, len(places), length
             return *(self._device.rows(tensor, len(places)) for tensor in tensors), layer, batch
 
-        self._binder.bind("attention", spec)(*step(0))  # fills the cache
+        shape = f"{s.heads} / {s.kv_heads} x {s.head_dim}, {length} keys"
+        with naming(self._binder.provider, f"attention, {shape}"):
+            self._binder.bind("attention", spec)(*step(0))  # fills the cache
         pairs = sum(range(length - t + 1, length + 1))  # of a query and a key that it sees
         nbytes = paged.nbytes // paged.blocks // size * length + 8 * t * (s.dim + s.kv_dim)
-        call, shape = step(length - t), f"{s.heads} / {s.kv_heads} x {s.head_dim}, {length} keys"
-        return Case("attention", spec, shape, [call], nbytes, 4 * s.dim * pairs)
+        return Case("attention", spec, shape, [step(length - t)], nbytes, 4 * s.dim * pairs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llorch.commands._op_cases import Case, Cases, Shapes
+from llorch.commands._op_cases import Case, Cases, Shapes, naming
 from llorch.core.binder import Binder
 from llorch.core.plan import expand
 from llorch.providers.decompose import Decomposed
@@ -128,7 +128,8 @@ class OpBench:
             self._device.read(last, host)
             return time.perf_counter() - start
 
-        run(len(plans))  # compiles, and touches every page
+        with naming(self._provider.name, f"{case.operation}, {case.shape}"):
+            run(len(plans))  # compiles, and touches every page
         reading = min(run(0) for _ in range(5))
         few = min(len(plans), 4)
         calls = max(1, math.ceil(SHORTEST * few / run(few)))

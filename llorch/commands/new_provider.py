@@ -22,7 +22,11 @@ SUFFIX = ".tmpl"
 PREFIX = "llorch-provider-"
 LONGEST = 40
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_RESERVED = {"auto": "means the best that works", "all": "means every one under pytest --provider"}
+_RESERVED = {
+    "auto": "means the best that works",
+    "all": "means every one under pytest --provider",
+    "faulty": "is what llorch's own tests call one",
+}
 
 
 class NewProviderSettings(CommandSettings):

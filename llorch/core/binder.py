@@ -84,13 +84,20 @@ class Binder:
         if self.declined:
             sites = Counter(operation for operation, _ in self.declined)
             first = dict(reversed(self.declined))
-            lines = [f"{op} ({n} sites, first {first[op].label}: {first[op]})" for op, n in sites.items()]
+            lines = [
+                f"{op} ({n} sites, first {first[op].label}: {first[op]}), {self._why(op)}" for op, n in sites.items()
+            ]
             raise BindError(
                 f"provider {self.provider} declines {len(self.declined)} required operations of this model: "
                 f"{'; '.join(lines)}.{self._unmarked()} Choose another with --provider, see `llorch providers`"
             )
         total = self.bound
         return f"{self.bound} of {total} operations bound ({self.fused} fused, {self.decomposed} decomposed)"
+
+    def _why(self, operation: str) -> str:
+        """A factory that says no looks like one that forgot to say yes."""
+        asked: bool = bool(getattr(self._manager.hook, operation).get_hookimpls())
+        return "where its factory returned None (a forgotten `return`?)" if asked else "for which it has no factory"
 
     def _unmarked(self) -> str:
         names = [n for n in REQUIRED if hasattr(self._operations, n) and not _marked(self._operations, n)]

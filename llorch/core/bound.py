@@ -118,6 +118,11 @@ class BoundModel:
                 found[start : start + len(part)] = self.runner.logits([chunk])
         return found
 
+    def labels(self, *, fused: bool) -> dict[str, str]:
+        """The labels of `checkpoints` in the order of the plan, each with its operation."""
+        with self.turn:
+            return (self.runner if fused else self._unfused_runner()).labels()
+
     def checkpoints(
         self, tokens: Sequence[int], labels: Sequence[str], *, fused: bool
     ) -> dict[str, npt.NDArray[np.float32]]:
@@ -132,9 +137,9 @@ class BoundModel:
             known = {label for entry in entries for label, _ in entry.outputs}
             if missing := [label for label in labels if label not in known]:
                 raise InvalidRequestError(f"the plan has no label {missing[0]!r}; it has: {', '.join(sorted(known))}")
-            for kernel, args, outputs in entries:
-                kernel(*args)
-                for label, tensor in outputs:
+            for entry in entries:
+                runner.run([entry])
+                for label, tensor in entry.outputs:
                     if label in labels:
                         found[label] = np.empty(tensor.shape, np.float32)
                         self.device.read(tensor, found[label])

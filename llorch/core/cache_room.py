@@ -9,7 +9,7 @@ from llorch.core.config import ModelConfig
 from llorch.core.plan import Limits
 from llorch.errors import DeviceMemoryError, SettingsError
 from llorch.providers.device import CacheSpec, Device
-from llorch.providers.memory_limit import shown_bytes
+from llorch.providers.memory_limit import amount
 
 
 def wanted_cache(
@@ -53,13 +53,13 @@ def fitting_cache(wanted: CacheSpec, device: Device, limits: Limits, tokens: int
     if (held := max(found.blocks - 1, 0) * wanted.block_size) >= least:
         return found
     where = f"{device.info.name} ({device.info.description})"
-    need = _size(replace(wanted, blocks=-(-least // wanted.block_size) + 1))
+    need = amount(replace(wanted, blocks=-(-least // wanted.block_size) + 1).nbytes)
     advice = f"start with --context {held}, which would fit, or use" if held > 1 else "no context fits: use"
     if held >= context:
         advice = f"start with --cache-tokens {held}, which would fit, or use"
     raise DeviceMemoryError(
-        f"a cache of {least} tokens needs {need} on {where}, {_size(found)} are left for it: {advice} a more strongly "
-        "quantised model"
+        f"a cache of {least} tokens needs {need} on {where}, {amount(found.nbytes)} are left for it: {advice} a more "
+        "strongly quantised model"
     )
 
 
@@ -72,7 +72,3 @@ def _room(wanted: CacheSpec, device: Device, limits: Limits, tokens: int | None)
         return wanted.blocks
     block = replace(wanted, blocks=1).nbytes
     return max(-(-limits.max_context // wanted.block_size) + 1, device.memory().free // 2 // block)
-
-
-def _size(spec: CacheSpec) -> str:
-    return shown_bytes(spec.nbytes)

@@ -56,7 +56,7 @@ class Engine:
         self._scheduler = Scheduler(
             model.sequences, model.limits, mixed_chunk=mixed_chunk, max_running_per_key=max_running_per_key
         )
-        self._jobs: dict[str, Job] = {}  # all that wait or run
+        self._jobs: dict[tuple[str | None, str], Job] = {}  # all that wait or run
         self._submitted = 0
         self._counts = EngineStats(kv_blocks_total=model.allocator.total, device_bytes=model.device_bytes)
         self._steps: deque[StepRecord] = deque(maxlen=STEPS_KEPT)
@@ -72,7 +72,7 @@ class Engine:
         """
         job = self._job(request, emit)
         with self._lock:
-            if request.job_id in self._jobs:
+            if request.name in self._jobs:
                 raise JobExistsError(f"job {request.job_id!r} is waiting or running: use another job_id")
             # those that the next step will admit do not count as waiting
             waiting = len(self._scheduler.waiting)
@@ -81,7 +81,7 @@ class Engine:
                 raise QueueFullError(f"{waiting} requests wait, the limit is {self._max_queue}: try later")
             self._submitted += 1
             job.number = self._submitted
-            self._jobs[request.job_id] = job
+            self._jobs[request.name] = job
             self._scheduler.add(job)
             self.wake.notify_all()
 
@@ -101,10 +101,10 @@ class Engine:
         room = min(request.max_tokens, context - len(request.prompt))
         return Job(request, emit, sampler, detokenizer, room, tokens=list(request.prompt))
 
-    def cancel(self, job_id: str, error: LlorchError | None = None) -> bool:
-        """Ends a job at the next step with `error` (CancelledError by default); False where there is none."""
+    def cancel(self, job_id: str, error: LlorchError | None = None, key: str | None = None) -> bool:
+        """Ends a job of a key at the next step with `error` (CancelledError by default); False where there is none."""
         with self._lock:
-            job = self._jobs.get(job_id)
+            job = self._jobs.get((key, job_id))
             if job is None:
                 return False
             job.cancel_with = job.cancel_with or error or CancelledError("the job was cancelled")
@@ -125,13 +125,15 @@ class Engine:
             preemptions=self._scheduler.preemptions,
         )
 
-    def jobs(self) -> tuple[list[JobRecord], list[JobRecord]]:
-        """Those that run and those that wait, in order of rank."""
+    def jobs(self, key: str | None = None) -> tuple[list[JobRecord], list[JobRecord]]:
+        """Those that run and those that wait, in order of rank; of one key, or all."""
         with self._lock:
             now = time.monotonic()
-            return [_record(job, now) for job in self._scheduler.running], [
-                _record(job, now) for job in self._scheduler.waiting
-            ]
+            running, waiting = (
+                [_record(job, now) for job in jobs if key is None or job.request.key == key]
+                for jobs in (self._scheduler.running, self._scheduler.waiting)
+            )
+            return running, waiting
 
     def steps(self) -> list[StepRecord]:
         """The last steps, the latest at the end."""
@@ -298,7 +300,7 @@ class Engine:
             if job.over:
                 return
             job.over = True
-            del self._jobs[job.request.job_id]
+            del self._jobs[job.request.name]
             self._scheduler.remove(job, discard=discard)
         self._emit(job, event)
 

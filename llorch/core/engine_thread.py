@@ -89,8 +89,9 @@ class EngineThread:
             raise EngineUnavailableError(reason)
         self._engine.submit(request, emit)
 
-    def cancel(self, job_id: str, error: LlorchError | None = None) -> bool:
-        return self._engine is not None and self._engine.cancel(job_id, error)
+    def cancel(self, job_id: str, error: LlorchError | None = None, key: str | None = None) -> bool:
+        """As Engine.cancel."""
+        return self._engine is not None and self._engine.cancel(job_id, error, key)
 
     def stats(self) -> EngineStats:
         found = self._engine.stats() if self._engine is not None else EngineStats()

@@ -25,9 +25,8 @@ from llorch.core.plan import BoundWeight, Graph, Limits
 from llorch.core.runner import batch_shapes, make_batch
 from llorch.errors import DeviceMemoryError
 from llorch.providers.device import CacheSpec, Device, HostWeight, MemoryNeed, Provider
+from llorch.providers.memory_limit import amount
 from llorch.providers.spec import OPTIONAL, REQUIRED, OpSpec, hookimpl
-
-_GIBIBYTE, _MEBIBYTE = 2**30, 2**20
 
 
 @dataclass(frozen=True)
@@ -100,14 +99,14 @@ class Forecaster:
         elif longest > 1:
             remedy = f"start with --context {longest}, which would fit"
         else:
-            remedy = f"no context fits, as all but the cache takes {shown(self.forecast(held, cache_type).total)}"
+            remedy = f"no context fits, as all but the cache takes {amount(self.forecast(held, cache_type).total)}"
             remedy += ": use a more strongly quantised model, or a device with more memory"
         holds = "one sequence" if cache_tokens is None else f"{cache_tokens} tokens"
         raise DeviceMemoryError(
-            f"{self._config.name} with a context of {limits.max_context} tokens needs {shown(need.total)} on "
-            f"{self._provider.name} {self._device.info.name} (weights {shown(need.weights)}, KV cache of "
-            f"{holds} {shown(need.cache)}, working memory {shown(need.working)}), {shown(room.free)} of "
-            f"{shown(room.total)} are free: {remedy}"
+            f"{self._config.name} with a context of {limits.max_context} tokens needs {amount(need.total)} on "
+            f"{self._provider.name} {self._device.info.name} (weights {amount(need.weights)}, KV cache of "
+            f"{holds} {amount(need.cache)}, working memory {amount(need.working)}), {amount(room.free)} of "
+            f"{amount(room.total)} are free: {remedy}"
         )
 
     def _build(self, limits: Limits, spec: CacheSpec, sizes: _Sizes, specs: list[OpSpec]) -> None:
@@ -134,11 +133,6 @@ def with_context(limits: Limits, context: int) -> Limits:
     """The limits of the same load with another context: no step is longer than one."""
     tokens = max(min(limits.max_tokens, context), limits.max_sequences)
     return replace(limits, max_context=context, max_tokens=tokens)
-
-
-def shown(count: int) -> str:
-    """An amount of memory in a message."""
-    return f"{count / _GIBIBYTE:.2f} GiB" if count >= _GIBIBYTE else f"{count / _MEBIBYTE:.1f} MiB"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from llorch.core.forecast import Forecaster
 from llorch.core.gguf import GGUFFile
 from llorch.core.loader import load_weights
 from llorch.core.model_files import open_model
+from llorch.core.opening import open_device
 from llorch.core.plan import Limits
 from llorch.core.requests import Ended, Event, Failed, Request, SamplingParams, Token
 from llorch.core.runner import Runner
@@ -80,7 +81,7 @@ def load(
             )
         limits = limits_of(config, context, parallel, chunk)
         chat = Chat.from_gguf(file, tokenizer, chat_template)
-        opened = chosen.open(device, options)
+        opened = open_device(chosen, device, options)
         Forecaster(file, config, chosen, opened).check(limits, cache_type, cache_tokens)
         weights = load_weights(file, config, opened, stages.load)
         bound = BoundModel(
@@ -174,6 +175,7 @@ class LLM:
         self.loaded_at = int(time.time())  # seconds since the epoch
         self.model_ref, self.quant_kind = str(file.path), bound.config.quant_kind
         self.provider_name, self.batch_invariant = bound.provider.name, bound.provider.batch_invariant
+        self.rounds_activations: bool = getattr(bound.provider, "rounds_activations", False)
         self._file, self._bound = file, bound
         self._engine = self.engine(max_queue=1 << 16)
         self._closed = False
@@ -335,6 +337,11 @@ class LLM:
         `fused=True` runs the plan as served. Raises InvalidRequestError for a label that the plan has not.
         """
         return self._bound.checkpoints(tokens, labels, fused=fused)
+
+    def labels(self, *, fused: bool = False) -> dict[str, str]:
+        """Every label that `checkpoints` takes, in the order in which the values are computed, and the operation that
+        writes it: {"token_embd": "embed", "blk.0.attn_norm": "rmsnorm", ...}."""
+        return self._bound.labels(fused=fused)
 
     def bench_prefill(self, tokens: int) -> float:
         """Seconds to process a prompt of this many tokens, in chunks as served."""

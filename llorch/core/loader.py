@@ -185,7 +185,7 @@ def _converted(weight: HostWeight, kind: str) -> HostWeight:
 
 def _type_on(device: Device, info: TensorInfo, uses: frozenset[Use]) -> str:
     """The tensor's own type, else the smallest plain one that the device takes for every use of the tensor."""
-    taken = frozenset.intersection(*(device.weight_types[use] for use in uses))
+    taken = frozenset.intersection(*(frozenset(device.weight_types[use]) for use in uses))
     for name in (info.type, "F16", "F32"):
         if name in taken:
             return name

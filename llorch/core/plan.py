@@ -33,6 +33,7 @@ from llorch.providers.spec import (
     Step,
     Tensor,
     TopkSpec,
+    operation_of,
 )
 
 PLANS_KEPT = 64  # a plan of a 32-layer model is about 300 tuples
@@ -109,6 +110,7 @@ class Graph:
         batch: Batch,
     ) -> None:
         self._binder, self._weights, self._limits = binder, weights, limits
+        self.provider = binder.provider
         self._cache_spec = cache_spec
         self.cache: KVCache  # set before the first plan: it takes the memory that binding leaves
         self.inputs, self.batch = inputs, batch
@@ -270,7 +272,7 @@ class Plans:
         plan = self._kept.get(key)
         if plan is None:
             counts = {"tokens": tokens, "outputs": outputs}
-            plan = self._fused([entry for site in sites for entry in self._entries(site, counts)])
+            plan = self._fused([entry for site in sites for _, entry in self._entries(site, counts)])
             self._kept[key] = plan
             if len(self._kept) > PLANS_KEPT:
                 self._kept.popitem(last=False)
@@ -282,12 +284,21 @@ class Plans:
         fuse: Callable[[Sequence[Entry]], Sequence[Entry]] | None = getattr(self._device, "fuse", None)
         if fuse is None:
             return plan
-        found = list(fuse(plan))
-        if [entry.outputs for entry in found] != [entry.outputs for entry in plan]:
-            raise BindError("the device's `fuse` gave entries with other outputs: it must keep each where it is")
+        found, left = list(fuse(plan)), iter(plan)
+        # each is looked for behind the one before it, so that their order counts
+        if not all(any(entry.outputs is known.outputs for known in left) for entry in found):
+            raise BindError(
+                "the device's `fuse` gave entries in another order, or with outputs that are not the plan's"
+            )
         return found
 
-    def _entries(self, site: Site, counts: Mapping[str, int]) -> Iterator[Entry]:
+    def operations(self) -> dict[str, str]:
+        """The operation that writes each label, in the order of a plan, every `topk` last."""
+        sites = [*self._graph.body, *self._graph.head, *(site for site, _, _ in self._graph.topk.values())]
+        written = (part for site in sites for part in self._entries(site, {"tokens": 1, "outputs": 1}))
+        return {label: operation_of(spec) for spec, entry in written for label, _ in entry.outputs}
+
+    def _entries(self, site: Site, counts: Mapping[str, int]) -> Iterator[tuple[OpSpec, Entry]]:
         # The body's buffers come uncut to the head's gather: it reads any row of them.
         def cut(arg: Any) -> Any:
             if isinstance(arg, CacheLayer):
@@ -296,20 +307,25 @@ class Plans:
                 return arg
             return self._device.rows(arg.tensor, counts[arg.rows]) if counts[arg.rows] else arg.tensor
 
-        return expand(Step(site.kernel, tuple(cut(arg) for arg in site.args), site.spec))
+        return _expand(Step(site.kernel, tuple(cut(arg) for arg in site.args), site.spec))
 
 
 def expand(step: Step) -> Iterator[Entry]:
     """A step, or what its kernel puts in its place, all the way down."""
+    return (entry for _, entry in _expand(step))
+
+
+def _expand(step: Step) -> Iterator[tuple[OpSpec, Entry]]:
+    """As `expand`, each entry with the spec of what it computes."""
     steps: Callable[..., Sequence[Step]] | None = getattr(step.kernel, "steps", None)
     if steps is None:
-        yield Entry(step.kernel, step.args, outputs_of(step.spec, step.args))
+        yield step.spec, Entry(step.kernel, step.args, outputs_of(step.spec, step.args))
         return
     for part in steps(*step.args):
         if part.spec is step.spec:  # prebound: the site's own arguments say what it writes
-            yield Entry(part.kernel, part.args, outputs_of(step.spec, step.args))
+            yield step.spec, Entry(part.kernel, part.args, outputs_of(step.spec, step.args))
         else:
-            yield from expand(part)
+            yield from _expand(part)
 
 
 def outputs_of(spec: OpSpec, args: Sequence[Any]) -> tuple[tuple[str, Tensor], ...]:

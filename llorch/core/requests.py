@@ -44,7 +44,12 @@ class Request:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: off; else how many of the most likely tokens are reported at each position
     priority: int = 0  # of all that wait, the lowest number runs first
-    key: str | None = None  # whose request it is, where the places of each are limited
+    key: str | None = None  # whose request it is: each has its own job ids, and places where those are limited
+
+    @property
+    def name(self) -> tuple[str | None, str]:
+        """What no other job that waits or runs is called."""
+        return self.key, self.job_id
 
 
 class StopReason(StrEnum):

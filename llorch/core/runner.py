@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from llorch.core.plan import Entry, Graph, Limits, Plans
-from llorch.errors import EngineError
+from llorch.errors import EngineError, KernelError, LlorchError
 from llorch.providers.device import Batch, Device, Inputs
+from llorch.providers.spec import Tensor
+
+PASSED_ON = (LlorchError, MemoryError)  # of what a kernel raises: both say enough, and the engine acts on them
 
 
 @dataclass
@@ -47,6 +51,11 @@ def make_batch(inputs: Inputs) -> Batch:
         query_starts=device["query_starts"],
         context_lengths=device["context_lengths"],
     )
+
+
+def kernel_error(provider: str, site: str, error: Exception) -> KernelError:
+    """`site`: the operation and where it stands."""
+    return KernelError(f"provider {provider}: its kernel for {site} raised {type(error).__name__}: {error}")
 
 
 class Runner:
@@ -97,12 +106,27 @@ class Runner:
         tokens, outputs = self._fill(chunks)
         if self._device.capture_sizes and tokens == outputs == len(chunks) and self._replay(tokens, k):
             return outputs
-        for kernel, args, _ in self._plans.body(tokens):
-            kernel(*args)
+        self.run(self._plans.body(tokens))
         if outputs:
-            for kernel, args, _ in self._plans.head(outputs, k):
-                kernel(*args)
+            self.run(self._plans.head(outputs, k))
         return outputs
+
+    def run(self, entries: Sequence[Entry]) -> None:
+        """Runs lines of a plan. Raises KernelError, which says which one raised something else than llorch's errors."""
+        outputs: tuple[tuple[str, Tensor], ...] = ()
+        try:
+            for kernel, args, outputs in entries:  # noqa: B007  read where a kernel has raised
+                kernel(*args)
+        except PASSED_ON:
+            raise
+        except Exception as error:
+            label = outputs[0][0]
+            site = f"{self._plans.operations()[label]} at {label}"
+            raise kernel_error(self._graph.provider, site, error) from error
+
+    def labels(self) -> dict[str, str]:
+        """The label of every value that a step writes on its way to the logits, and the operation that writes it."""
+        return {label: name for label, name in self._plans.operations().items() if name != "topk"}
 
     # ---- the batch ----
 
@@ -166,12 +190,7 @@ class Runner:
             return False
         batch.tokens, batch.sequences, batch.max_query, batch.max_context = size, size, 1, context
         if key not in self._captured:
-            entries = self._plans.body(size) + self._plans.head(size, k)
-
-            def run() -> None:
-                for kernel, args, _ in entries:
-                    kernel(*args)
-
+            run = partial(self.run, self._plans.body(size) + self._plans.head(size, k))
             run()  # a capture may record without running, and what is compiled on first use must not be in it
             self._captured[key] = self._device.capture(run)
         elif (replay := self._captured[key]) is not None:

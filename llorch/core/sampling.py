@@ -268,4 +268,7 @@ def _check(logits: Floats) -> None:
         what = f"{int(np.isposinf(logits).sum())} of {len(logits)} logits are infinite"
     else:
         what = f"all {len(logits)} logits are -inf, so no token is left"
-    raise EngineError(f"{what}: the model's weights are damaged, or its provider computes something wrong")
+    raise EngineError(
+        f"{what}: the model's weights are damaged, or its provider computes something wrong; "
+        "`llorch compare MODEL --provider NAME` shows where"
+    )

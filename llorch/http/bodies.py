@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -49,14 +50,17 @@ class ExecuteBody:
         )
 
 
-def sampling_fields(vocab_size: int | None) -> tuple[Field, ...]:
-    """What every body that asks for text may say of how it is sampled; `vocab_size` as in `execute_fields`."""
+def sampling_fields(vocab_size: int | None, top_k: Callable[..., Field] = Integer) -> tuple[Field, ...]:
+    """What every body that asks for text may say of how it is sampled; `vocab_size` as in `execute_fields`.
+
+    `top_k`: that field's kind.
+    """
     return (
         Number(name="temperature", low=0.0, high=2.0, default=1.0, description="0 always takes the most likely token."),
         Number(
             name="top_p", low=0.0, high=1.0, default=1.0, description="Keeps the most likely tokens up to this mass."
         ),
-        Integer(
+        top_k(
             name="top_k",
             low=0,
             high=vocab_size,

@@ -10,6 +10,7 @@ from litestar.exceptions import PermissionDeniedException
 
 from llorch.core.stats import EngineStats, JobRecord
 from llorch.http.auth import key_of
+from llorch.http.guard import is_forwarded
 from llorch.http.service import Worker
 from llorch.http.worker import ErrorBody, spec
 
@@ -29,7 +30,10 @@ class StepBody:
 
 @dataclass
 class EngineBody:
-    """The jobs in order of rank, at most 100 of each; the last steps, the latest at the end."""
+    """The jobs in order of rank, at most 100 of each; the last steps, the latest at the end.
+
+    Jobs of other API keys than the one that asks are in the counts of `stats` alone.
+    """
 
     stats: EngineStats
     running: list[JobRecord]
@@ -47,10 +51,10 @@ class EngineBody:
 )
 async def debug_engine(request: Request[Any, Any, Any], worker: Worker) -> Response[dict[str, Any]]:
     host = request.client.host if request.client is not None else ""
-    if key_of(request.scope) is None and not host.startswith(LOOPBACK):
+    if key_of(request.scope) is None and (not host.startswith(LOOPBACK) or is_forwarded(request.scope)):
         raise PermissionDeniedException("only this machine may ask while no API key is set")
     engine = worker.engine.engine
-    running, waiting = engine.jobs() if engine is not None else ([], [])
+    running, waiting = engine.jobs(key_of(request.scope)) if engine is not None else ([], [])
     steps = engine.steps() if engine is not None else []
     body = EngineBody(
         worker.engine.stats(),

@@ -109,6 +109,8 @@ def _as_3_0(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     converted = {key: _as_3_0(value) for key, value in node.items()}
+    if converted.get("required") == []:  # 3.0 wants one name at least
+        del converted["required"]
     if "const" in converted:
         converted["enum"] = [converted.pop("const")]
     for union in ("oneOf", "anyOf"):

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,10 +135,15 @@ class Integer(Field):
     def check(self, value: Any) -> Iterator[Violation]:
         if value is None and self.nullable:
             return
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # as JSON Schema has it, 2.0 is an integer
         if not isinstance(value, int) or isinstance(value, bool):
             yield self.wrong_type(value)
         elif value < self.low or (self.high is not None and value > self.high):
             yield Violation(self.name, self.constraint, f"must be {self.low} to {self.high}, is {_short(value)}", value)
+
+    def convert(self, value: Any) -> int | None:
+        return None if value is None else int(value)
 
     def rules(self) -> dict[str, Any]:
         rules: dict[str, Any] = {"minimum": self.low}
@@ -223,28 +228,28 @@ class Texts(Field):
 # ---- a body ----
 
 
-def parse_body(body: bytes, fields: Sequence[Field], *, lenient: bool = False) -> dict[str, Any]:
-    """The fields a JSON body holds, converted. Raises BodyError with every violation at once.
+def parse_body(body: bytes, fields: Sequence[Field]) -> dict[str, Any]:
+    """The fields a JSON body holds, converted. Raises BodyError with every violation at once."""
+    given = json_object(body)
+    return checked(given, fields, _unknown(given, [known.name for known in fields]))
 
-    `lenient`: a field that is null is absent, and unknown ones are passed over.
-    """
-    given = _json_object(body)
-    if lenient:
-        given = {name: value for name, value in given.items() if value is not None}
+
+def checked(given: dict[str, Any], fields: Sequence[Field], more: Iterable[Violation] = ()) -> dict[str, Any]:
+    """Those of the fields that are given, converted. Raises BodyError with every violation, `more` at the end."""
     violations: list[Violation] = []
     for known in fields:
         if known.name in given:
             violations += known.check(given[known.name])
         elif known.required:
             violations.append(Violation(known.name, "required", "is missing"))
-    if not lenient:
-        violations += _unknown(given, [known.name for known in fields])
+    violations += more
     if violations:
         raise BodyError(violations)
     return {known.name: known.convert(given[known.name]) for known in fields if known.name in given}
 
 
-def _json_object(body: bytes) -> dict[str, Any]:
+def json_object(body: bytes) -> dict[str, Any]:
+    """What a body holds, not yet checked. Raises BodyError where it is no JSON object."""
     if not body:
         raise BodyError([Violation("body", "json", "is empty, send a JSON object")])
     try:

@@ -88,8 +88,9 @@ class Job:
         mailbox: Mailbox,
         metrics: Metrics,
         on_close: Callable[[Job], None],
+        key: str | None,
     ) -> None:
-        self.job_id = job_id
+        self.job_id, self.key = job_id, key  # ids are one key's own
         self.failure: LlorchError | None = None  # why it ends, whatever the engine still has for it
         self._deliver, self._engine, self._mailbox, self._metrics = deliver, engine, mailbox, metrics
         self._on_close = on_close
@@ -117,7 +118,7 @@ class Job:
         """Ends the job with `error`, which is delivered; events that wait to be sent are of no more use."""
         if self.failure is None:
             self.failure = error
-            self._engine.cancel(self.job_id, error)
+            self._engine.cancel(self.job_id, error, self.key)
             self._deliver(Failed(error))
 
     def close(self, last: Ended | Failed) -> None:
@@ -131,7 +132,7 @@ class Job:
             details = {"code": last.error.code, "reason": str(last.error)}
             # not after fail(): the engine has been told, and another job may have the id by now
             if self.failure is None:
-                self._engine.cancel(self.job_id, last.error)
+                self._engine.cancel(self.job_id, last.error, self.key)
         self._metrics.count(outcome)
         self.last, self.moments.over = last, time.time()
         seconds = time.monotonic() - self._accepted

@@ -16,7 +16,8 @@ from rich.console import Console
 
 LogFormat = Literal["auto", "json", "console"]
 
-HEADER = b"x-correlation-id"
+HEADERS = (b"x-correlation-id", b"x-request-id")  # the contract's name, and many proxies'; both are taken, and sent
+ID_IN_SCOPE = "llorch.correlation_id"
 MAX_ID_LENGTH = 128
 POLLED_PATHS = frozenset({"/health", "/metrics"})  # asked for every few seconds: logged at debug level only
 
@@ -90,7 +91,7 @@ class RequestLog:
         if scope["type"] != ScopeType.HTTP:
             await self._app(scope, receive, send)
             return
-        correlation_id = _correlation_id(scope["headers"])
+        correlation_id = correlation_id_of(scope)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(correlation_id=correlation_id, client=(scope.get("client") or ("",))[0])
         began, status = time.monotonic(), 0
@@ -99,7 +100,7 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (HEADER, correlation_id.encode())]
+                message["headers"] = [*message.get("headers", ()), *correlation_headers(correlation_id)]
             await send(message)
 
         try:
@@ -116,9 +117,18 @@ def _log_request(scope: Any, status: int, seconds: float) -> None:
     write("request", **line, duration_ms=round(seconds * 1000, 1))
 
 
-def _correlation_id(headers: Any) -> str:
-    """The client's id where it is 1 to 128 printable ASCII characters, else a new one."""
-    for name, value in headers:
-        if name == HEADER and 0 < len(value) <= MAX_ID_LENGTH and all(0x21 <= byte <= 0x7E for byte in value):
-            return str(value.decode("ascii"))
-    return uuid.uuid4().hex
+def correlation_headers(correlation_id: str) -> list[tuple[bytes, bytes]]:
+    """What a response carries of its request's id."""
+    return [(name, correlation_id.encode()) for name in HEADERS]
+
+
+def correlation_id_of(scope: Any) -> str:
+    """A request's id: the client's where it is 1 to 128 printable ASCII characters, else a new one that stays."""
+    if ID_IN_SCOPE not in scope:
+        sent = {name: value for name, value in reversed(scope["headers"]) if _is_id(value)}
+        scope[ID_IN_SCOPE] = next((sent[name].decode("ascii") for name in HEADERS if name in sent), uuid.uuid4().hex)
+    return str(scope[ID_IN_SCOPE])
+
+
+def _is_id(value: bytes) -> bool:
+    return 0 < len(value) <= MAX_ID_LENGTH and all(0x21 <= byte <= 0x7E for byte in value)

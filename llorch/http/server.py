@@ -113,6 +113,7 @@ class WorkerProcess:
 
     def __init__(self, settings: ServeSettings, listener: socket.socket, loading: Loading | None = None) -> None:
         self._settings, self._listener = settings, listener
+        self._loopback = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
         self._worker_id = settings.worker_id or uuid.uuid4().hex
         self._uri = settings.uri or _uri(settings.host, listener.getsockname()[1])
         self._engine = EngineThread(
@@ -193,7 +194,7 @@ class WorkerProcess:
 
     def _server(self, worker: Worker) -> QuietServer:
         config = uvicorn.Config(
-            create_app(worker, self._settings),
+            create_app(worker, self._settings, loopback=self._loopback),
             log_config=None,
             access_log=False,
             backlog=ACCEPT_TOGETHER,

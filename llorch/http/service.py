@@ -58,7 +58,9 @@ class Worker:
         engine.on_step = self._mailbox.flush
         self._tokenizers = ThreadPoolExecutor(TOKENIZERS, thread_name_prefix="llorch-tokenize")
         self._submitting = 0  # jobs that the engine does not know yet
-        self._jobs: dict[str, Job] = {}  # from before the prompt is tokenized until the response is over
+        self._jobs: dict[
+            tuple[str | None, str], Job
+        ] = {}  # from before the prompt is tokenized until the response is over
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -89,7 +91,7 @@ class Worker:
         llm = self.ready()
         body = ExecuteBody(**parse_body(raw, execute_fields(self.max_tokens_limit, llm.config.vocab_size)))
         events: Inbox[Event] = Inbox()
-        job = self.open_job(body.job_id, events.put)
+        job = self.open_job(body.job_id, events.put, key)
         tokens = await self.queue([job], lambda: self._submit(llm, body, job, key))
         _log_accepted(body, tokens)
         return JobStream(job, events, llm.config.name, self.engine, self.timing)
@@ -112,12 +114,12 @@ class Worker:
             raise EngineUnavailableError(reason or "the model is not loaded")
         return llm
 
-    def open_job(self, job_id: str, deliver: Deliver) -> Job:
-        """A job that `queue` is to be called with. Raises JobExistsError."""
-        if job_id in self._jobs:
+    def open_job(self, job_id: str, deliver: Deliver, key: str | None) -> Job:
+        """A job that `queue` is to be called with. Raises JobExistsError, where the key has one of that id."""
+        if (key, job_id) in self._jobs:
             raise JobExistsError(f"job {job_id[:128]!r} is waiting or running: use another job_id")
-        job = Job(job_id, deliver, self.engine, self._mailbox, self.metrics, self._forget)
-        self._jobs[job_id] = job
+        job = Job(job_id, deliver, self.engine, self._mailbox, self.metrics, self._forget, key)
+        self._jobs[key, job_id] = job
         self._idle.clear()
         return job
 
@@ -145,7 +147,7 @@ class Worker:
         except BaseException as error:
             reason = error if isinstance(error, LlorchError) else CancelledError("the request failed")
             for job in jobs:
-                self.engine.cancel(job.job_id, reason)
+                self.engine.cancel(job.job_id, reason, job.key)
                 self._forget(job)
             raise
         finally:
@@ -168,12 +170,13 @@ class Worker:
         try:
             self.engine.submit(request, job.emit)
         except ContextOverflowError as error:
-            raise BodyError([Violation("prompt", f"tokens(1..={llm.context - 1})", str(error))]) from error
+            message = str(error).removeprefix("prompt ")  # a violation's begins with the field's name
+            raise BodyError([Violation("prompt", f"tokens(1..={llm.context - 1})", message)]) from error
         return len(tokens)
 
-    def cancel(self, job_id: str) -> bool:
-        """Ends a job's stream now and its work at the engine's next step; False where there is no such job."""
-        job = self._jobs.get(job_id)
+    def cancel(self, job_id: str, key: str | None = None) -> bool:
+        """Ends a job's stream now and its work at the engine's next step; False where the key has no such job."""
+        job = self._jobs.get((key, job_id))
         if job is not None:
             job.fail(CancelledError("the job was cancelled"))
         return job is not None
@@ -199,7 +202,7 @@ class Worker:
     def _forget(self, job: Job) -> None:
         if self.tracer is not None and job.last is not None:
             self.tracer.record(job)
-        self._jobs.pop(job.job_id, None)
+        self._jobs.pop((job.key, job.job_id), None)
         if not self._jobs:
             self._idle.set()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from llorch.settings import ChatModelSettings, NamedPath
+from llorch.settings import ChatModelSettings, NamedPath, StringList
 
 TEST_CALLBACK = "localhost:9999"
 
@@ -25,7 +27,14 @@ class ServeSettings(ChatModelSettings):
         None, description="file with more such keys, one a line; empty lines and those that begin with # do not count"
     )
     insecure: bool = Field(False, description="allow an address that others can reach without an API key")
+    allowed_host: StringList = Field(
+        [], description="name that a worker without an API key answers to beside localhost; may be repeated"
+    )
+    allowed_origin: StringList = Field(
+        [], description="site whose pages may ask this worker (CORS), https://HOST, or * for all; may be repeated"
+    )
 
+    alias: str | None = Field(None, min_length=1, description="the model's id below /v1, its own name by default")
     worker_id: str | None = Field(None, min_length=1, description="this worker's name in its pool, random by default")
     callback_url: str | None = Field(
         None, description=f"pool manager's URL, told once when the model is ready; {TEST_CALLBACK} in it is test mode"
@@ -103,12 +112,26 @@ class ServeSettings(ChatModelSettings):
             raise ValueError("--max-running-per-key needs API keys: set LLORCH_API_KEY")
         return self
 
+    @field_validator("allowed_origin")
+    @classmethod
+    def _are_origins(cls, value: list[str]) -> list[str]:
+        # what browsers send: a path, or no scheme, would never match
+        for origin in value:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
+                raise ValueError("expected * or what a browser calls a site, such as https://chat.example")
+        return value
+
     @field_validator("callback_url", "heartbeat_url")
     @classmethod
     def _is_http(cls, value: str | None) -> str | None:
         if value is not None and TEST_CALLBACK not in value and not value.startswith(("http://", "https://")):
             raise ValueError("expected a URL that begins with http:// or https://")
         return value
+
+    @property
+    def known_hosts(self) -> tuple[str, ...]:
+        """Names in Host headers that are this worker's beside localhost: its own, the pool's for it, those allowed."""
+        return (self.host, *([] if self.uri is None else [urlsplit(self.uri).netloc]), *self.allowed_host)
 
     @property
     def openai_tokens_limit(self) -> int | None:

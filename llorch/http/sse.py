@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any, cast
+
+from litestar.types import Scope, Send
 
 from llorch.core.requests import Ended, Started, Token
 from llorch.errors import LlorchError
@@ -15,8 +18,15 @@ HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"x-accel-buffering", b"no"),  # nginx holds a stream back without it
 )
 KEEP_ALIVE = b": keep-alive\n\n"
+IN_SCOPE = "llorch.events"  # the answer is a stream of events: comments may be sent between any two
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one for each event
 _LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+
+
+async def begin(scope: Scope, send: Send) -> None:
+    """The head of a stream."""
+    cast(dict[str, Any], scope)[IN_SCOPE] = True
+    await send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
 
 
 def encode(kind: str, fields: Mapping[str, object]) -> bytes:

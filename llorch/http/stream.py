@@ -41,7 +41,7 @@ class JobStream:
         watch = asyncio.create_task(self._watch(receive))
         last: Ended | Failed = Failed(CancelledError("the connection was closed"))
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
+            await sse.begin(scope, send)
             await self._send(send, sse.KEEP_ALIVE)
             last = await self._send_events(send)
             await self._send(send, sse.end(last) if isinstance(last, Ended) else sse.error(last.error))

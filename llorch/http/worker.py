@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litestar import Request, Response, get, post
-from litestar.exceptions import InternalServerException
+from litestar.exceptions import HTTPException, InternalServerException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.types import ASGIApp
@@ -194,7 +194,7 @@ async def execute(request: Request[Any, Any, Any], worker: Worker) -> ASGIApp:
     tags=["worker"],
     summary="Cancel a job",
     description="Idempotent, also for a job that still waits. Its stream ends with an `error` event, code CANCELLED; "
-    "no token follows.",
+    "no token follows. A job of another API key is none.",
     responses={
         202: spec(CancelAccepted, "The job ends, or there is none."),
         400: INVALID,
@@ -204,7 +204,7 @@ async def execute(request: Request[Any, Any, Any], worker: Worker) -> ASGIApp:
 )
 async def cancel(request: Request[Any, Any, Any], worker: Worker) -> Response[CancelAccepted]:
     job_id: str = parse_body(await read_body(request), CANCEL_FIELDS)["job_id"]
-    return Response(CancelAccepted(job_id, worker.cancel(job_id)), status_code=202)
+    return Response(CancelAccepted(job_id, worker.cancel(job_id, key_of(request.scope))), status_code=202)
 
 
 @get(
@@ -216,15 +216,19 @@ async def cancel(request: Request[Any, Any, Any], worker: Worker) -> Response[Ca
 )
 async def metrics(request: Request[Any, Any, Any], worker: Worker) -> Response[bytes]:
     content, content_type = worker.metrics.render(request.headers.get("accept", ""))
-    return Response(content, media_type=content_type)
+    return Response(content, headers={"Content-Type": content_type})  # as a media type it would get a second charset
 
 
 async def read_body(request: Request[Any, Any, Any]) -> bytes:
     """The raw body: its content type does not matter, and bodies.py says what is wrong with it."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        detail = f"a body in the encoding {encoding[:40]!r} is not taken: send it as it is"
+        raise HTTPException(detail, status_code=415, headers={"Accept-Encoding": "identity"})
     try:
         return await request.body()
     except InternalServerException as error:
-        raise CancelledError("the client left before its request was whole") from error
+        raise CancelledError("the request did not come whole") from error
 
 
 ROUTES = (health, execute, cancel, metrics)

@@ -47,13 +47,12 @@ from llorch.providers import (
     hookimpl,
 )
 from llorch.providers.host_memory import host_memory
-from llorch.providers.memory_limit import shown_bytes
+from llorch.providers.memory_limit import amount
 
 SLAB_ELEMENTS = 1 << 20  # a weight is dequantised in slabs of rows of at most this many, to bound what is in between
 SCORE_ELEMENTS = 1 << 24  # a long prompt's scores are made in slices of at most this many (64 MiB)
 
 DEQUANTIZABLE = frozenset(t.name for t in gguf.quants._type_traits) | {"F32", "F16"}
-GIBIBYTE = 2**30
 
 Array = Any  # an array of the author's module
 
@@ -161,16 +160,27 @@ class ArrayDevice:
         return self.to_host(tensor)
 
     def expect(self, weights: Sequence[HostWeight]) -> str:
-        """Raises DeviceMemoryError where float32 copies of these do not fit."""
-        need = _as_float32(weights)
+        """Raises DeviceMemoryError where float32 copies of these do not fit. What a subclass's own `weight` takes is
+        not known here: `memory_need` was asked about it before.
+        """
+        need = self._held(weights)
+        if not self._inherits_weight:
+            return f"weights: {amount(need)} as the device was given them"
         self._require(need, "the weights as float32 need", "choose a smaller model")
-        return f"weights: float32 on the device, {shown_bytes(need)}"
+        return f"weights: float32 on the device, {amount(need)}"
 
     def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
         """Float32 weights; as in the file for a subclass that takes them otherwise and says no more here."""
-        inherited = type(self).weight is ArrayDevice.weight
-        held = _as_float32(weights) if inherited else sum(weight.nbytes for weight in weights)
-        return MemoryNeed(weights=held, cache=cache.nbytes, scratch=max(map(_temporaries, specs), default=0))
+        scratch = max(map(_temporaries, specs), default=0)
+        return MemoryNeed(weights=self._held(weights), cache=cache.nbytes, scratch=scratch)
+
+    @property
+    def _inherits_weight(self) -> bool:
+        return type(self).weight is ArrayDevice.weight
+
+    def _held(self, weights: Sequence[HostWeight]) -> int:
+        """Bytes, as far as this class knows: what a subclass's own `weight` keeps is its affair."""
+        return sum(4 * math.prod(w.shape) if self._inherits_weight else w.nbytes for w in weights)
 
     def weight(self, host_weight: HostWeight) -> Array:
         """Float32 [rows, cols], or [dim]."""
@@ -187,9 +197,7 @@ class ArrayDevice:
     def _require(self, need: int, what: str, remedy: str) -> None:
         free = self.memory().free
         if need > free:
-            raise DeviceMemoryError(
-                f"{what} {need / GIBIBYTE:.2f} GiB, {free / GIBIBYTE:.2f} GiB are free on {self.info.name}: {remedy}"
-            )
+            raise DeviceMemoryError(f"{what} {amount(need)}, {amount(free)} are free on {self.info.name}: {remedy}")
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         return None
@@ -199,10 +207,6 @@ class ArrayDevice:
 
     def close(self) -> None:
         self.uploaded = None
-
-
-def _as_float32(weights: Sequence[HostWeight]) -> int:
-    return sum(4 * math.prod(weight.shape) for weight in weights)
 
 
 def _temporaries(spec: OpSpec) -> int:

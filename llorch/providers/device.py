@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llorch.errors import DeviceMemoryError
-from llorch.providers.memory_limit import MemoryLimit
+from llorch.providers.memory_limit import MemoryLimit, amount
 from llorch.providers.spec import Tensor, Use
 
 
@@ -50,8 +50,8 @@ class CacheSpec:
         """Raises DeviceMemoryError where the cache takes more than so many bytes."""
         if self.nbytes > free:
             raise DeviceMemoryError(
-                f"a KV cache of {self.blocks * self.block_size} tokens needs {self.nbytes / 2**30:.2f} GiB, "
-                f"{free / 2**30:.2f} GiB are free: start with a smaller --context or --parallel"
+                f"a KV cache of {self.blocks * self.block_size} tokens needs {amount(self.nbytes)}, "
+                f"{amount(free)} are free: start with a smaller --context or --parallel"
             )
 
 
@@ -148,9 +148,10 @@ class Device(Protocol):
       half of the free memory for a cache whose size the user has not named.
     - `held_bytes(weight) -> int`: the memory that a weight takes, where that is not `weight_bytes`.
     - `fuse(entries)`: called with each finished plan, named tuples (kernel, args, outputs) that will always run one
-      right after another, with at most reads between them. Returns as many, with the same outputs, that together do
-      the same: where a kernel can do a part of its neighbour's work, such as rounding what it writes, both are
-      replaced.
+      right after another, with at most reads between them. Returns entries that together do the same: where a kernel
+      can do a part of its neighbour's work, such as rounding what it writes, both are replaced (`entry._replace`), and
+      where it does all of it the neighbour is left out, with its outputs, which nothing may read then. What is
+      returned keeps its outputs and its order.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""How much of a device's memory may be taken, as a user writes it."""
+"""Amounts of memory as a user writes and reads them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 _UNITS = {"mib": 1 << 20, "gib": 1 << 30}
 
 
-def shown_bytes(nbytes: int) -> str:
-    """An amount of memory in a message."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.2f} MiB"
+def amount(nbytes: int) -> str:
+    """Bytes in a message: GiB, or MiB below one."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from llorch.providers import (
     hookimpl,
 )
 from llorch.providers.host_memory import host_memory
-from llorch.providers.memory_limit import shown_bytes
+from llorch.providers.memory_limit import amount
 
 Float = npt.NDArray[np.float32]
 Int = npt.NDArray[np.int32]
@@ -166,7 +166,7 @@ class NumpyDevice:
         if not need:
             return "weights: float32 in the file, used in place"
         how = "expanded to float32 once" if self._expand else "dequantised in slabs for each product"
-        return f"weights: {how} (float32 takes {shown_bytes(need)}, half the free memory is {shown_bytes(allowed)})"
+        return f"weights: {how} (float32 takes {amount(need)}, half the free memory is {amount(allowed)})"
 
     def memory_need(self, weights: Sequence[HostWeight], cache: CacheSpec, specs: Sequence[OpSpec]) -> MemoryNeed:
         expanded = [w for w in weights if len(w.shape) == 1 or ("matmul" in w.uses and w.type != "F32")]

@@ -6,9 +6,13 @@ A provider that cannot be used keeps its reason. It never hides the others.
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import json
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Literal
 
 from llorch import __version__
@@ -151,8 +155,8 @@ def _load(name: str, entries: Sequence[EntryPoint]) -> Provider:
         provider = entry.load()
     except (Exception, SystemExit) as error:
         raise _BrokenError(
-            f"{who} cannot be imported: {_reason(error)}. Its entry point is {entry.value!r}; "
-            f"try `pip install --upgrade --force-reinstall {distribution}`, or uninstall it"
+            f"{who} cannot be imported: {_reason(error)}{_place(error, entry.module)}. Its entry point is "
+            f"{entry.value!r}; {_remedy(entry)}, or uninstall it"
         ) from error
     _check_version(who, distribution, provider)
     try:
@@ -212,7 +216,9 @@ def _devices(provider: Provider) -> tuple[DeviceInfo, ...]:
     except ProviderUnavailableError:
         raise
     except (Exception, SystemExit) as error:
-        raise _BrokenError(f"failed while it looked for devices: {_reason(error)}") from error
+        raise _BrokenError(
+            f"failed while it looked for devices: {_reason(error)}{_place(error, type(provider).__module__)}"
+        ) from error
     if wrong := [device for device in devices if not isinstance(device, DeviceInfo)]:
         raise _BrokenError(f"devices() gave {wrong[0]!r}, expected DeviceInfo. Tell its author, or uninstall it")
     if not devices:
@@ -252,3 +258,35 @@ def _unknown(name: str, found: list[str]) -> str:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _place(error: BaseException, module: str) -> str:
+    """` at FILE:LINE` of a provider's own code, the innermost, or nothing where the error is not of its making."""
+    try:
+        top = importlib.util.find_spec(module.partition(".")[0])
+    except ValueError:  # a module that was made by hand, which is nowhere
+        return ""
+    if top is None or top.origin is None:
+        return ""
+    own = Path(top.origin).parent if top.submodule_search_locations else Path(top.origin)
+    places = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        places.append((error.filename, error.lineno or 1))
+    inside = [f"{file}:{line}" for file, line in places if Path(file).is_relative_to(own)]
+    return f" at {inside[-1]}" if inside else ""
+
+
+def _remedy(entry: EntryPoint) -> str:
+    distribution, _ = _distribution(entry)
+    if _editable(entry):
+        return f"{distribution} is installed editable: mend it there"
+    return f"try `pip install --upgrade --force-reinstall {distribution}`"
+
+
+def _editable(entry: EntryPoint) -> bool:
+    """Whether pip installed the distribution with -e: https://packaging.python.org/specifications/direct-url/."""
+    text = entry.dist.read_text("direct_url.json") if entry.dist is not None else None
+    try:
+        return bool(text and json.loads(text)["dir_info"]["editable"])
+    except (ValueError, KeyError, TypeError):  # a URL of another kind, or damaged metadata
+        return False

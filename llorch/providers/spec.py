@@ -235,6 +235,13 @@ REQUIRED = ("embed", "rmsnorm", "matmul", "rope", "attention", "swiglu", "add", 
 OPTIONAL = ("add_rmsnorm", "matmul_group", "rope_pair", "gate_up_swiglu", "topk")
 
 
+def operation_of(spec: OpSpec) -> str:
+    """The operation whose call sites such a spec describes."""
+    kind = type(spec).__name__
+    named = (name for name in REQUIRED + OPTIONAL if getattr(LayerOps, name).__annotations__["spec"] == kind)
+    return next(named, kind)
+
+
 class Step(NamedTuple):
     """An entry of a plan: `kernel(*args)`; the spec says which of them it writes, and under which labels.
 

@@ -24,7 +24,7 @@ for _ in range(200):
 
 # what each kind of field does not take
 TEXT = [5, 1.5, True, [], {}, ["a"], {"a": 1}, HALF, f"a{HALF}b", DEEP]
-INTEGER = ["1", "", 1.5, 1.0, True, [], [1], {}, NAN, INF, -INF, HUGE, -HUGE, DEEP]
+INTEGER = ["1", "", 1.5, True, [], [1], {}, NAN, INF, -INF, HUGE, -HUGE, DEEP]
 NUMBER = ["1", "", True, [], [1.0], {}, NAN, INF, -INF, HUGE, -HUGE, DEEP]
 FLAG = ["true", "", 1, 0, [], {}, 1.5]
 TEXTS = [5, {}, True, [5], [None], [[]], [""], [HALF], [DEEP], ["a", 1]]
@@ -55,7 +55,7 @@ FIELDS: dict[tuple[str, ...], dict[str, list[Any]]] = {
         "seed": [*INTEGER, -(2**63) - 1, 2**64],
         "temperature": [*NUMBER, -0.1, 2.1],
         "top_p": [*NUMBER, -0.1, 1.1],
-        "top_k": [*INTEGER, -1, 513],
+        "top_k": [*INTEGER, -2, 513],
         "min_p": [*NUMBER, -0.1, 1.1],
         "repetition_penalty": [*NUMBER, 0, -1, 2.1],
         "frequency_penalty": [*NUMBER, -2.1, 2.1],
@@ -77,8 +77,11 @@ FIELDS: dict[tuple[str, ...], dict[str, list[Any]]] = {
             {"": 1},
             {"1": DEEP},
         ],
-        "stop": [5, {}, True, "", HALF, [5], [""], [HALF], ["a"] * 17, "x" * 1001, ["x" * 32768], ["x"] * 32768],
-        "max_tokens": [*INTEGER, 0, -1, 2**31],
+        "stop": [5, {}, True, HALF, [5], [""], [HALF], ["a"] * 17, "x" * 1001, ["x" * 32768], ["x"] * 32768],
+        "max_tokens": [*INTEGER, 0, -2, 2**31],
+        "response_format": [5, "json", {"type": "json_object"}, {"type": "json_schema", "json_schema": {}}],
+        "guided_json": [{"type": "object"}, True],
+        "ignore_eos": [True],
     },
     ("/v1/completions",): {
         "prompt": [
@@ -119,11 +122,11 @@ FIELDS: dict[tuple[str, ...], dict[str, list[Any]]] = {
         + [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in (None, 5, HALF, [])]
         + [[{"role": "user", "content": "a", "name": name}] for name in (5, "", "a b", "<|x|>", "x" * 65, HALF)]
         + [[{"role": "user", "content": "a", "tool_calls": [{}]}], [{"role": "user", "content": "Once " * 4000}]],
-        "max_completion_tokens": [*INTEGER, 0, -1],
+        "max_completion_tokens": [*INTEGER, 0, -2],
         "logprobs": FLAG,
         "top_logprobs": [*INTEGER, -1, 21, 5],
         "chat_template_kwargs": [5, "a", [], {"a": []}, {"a b": 1}, {HALF: 1}, {"a": HALF}, {"a": DEEP}, {"1": 1}],
-        "response_format": [5, "json", {"type": "json_object"}, {"type": "json_schema", "json_schema": {}}],
+        "add_generation_prompt": [False, 1, "yes"],
         "tools": [[{"type": "function"}], 5, "a"],
         "tool_choice": ["required", {"type": "function"}],
         "functions": [[{}]],

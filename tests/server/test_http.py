@@ -64,6 +64,22 @@ def test_errors_of_routing_are_json(client: httpx.Client, method: str, path: str
     assert (body["code"], body["retriable"]) == (code, False)
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"), [("/health", {"GET", "HEAD"}), ("/v1/models", {"GET", "HEAD"}), ("/execute", {"POST"})]
+)
+def test_allow_lists_what_a_path_answers(client: httpx.Client, path: str, methods: set[str]) -> None:
+    for asked in ("DELETE", "OPTIONS"):
+        assert set(client.request(asked, path).headers["allow"].split(", ")) == methods | {"OPTIONS"}
+
+
+@pytest.mark.parametrize("path", ["/execute", "/v1/completions", "/tokenize"])
+def test_a_body_that_is_encoded_is_415_and_the_encoding_named(client: httpx.Client, path: str) -> None:
+    response = client.post(path, content=b"{}", headers={"Content-Encoding": "gzip"})
+    assert (response.status_code, response.headers["accept-encoding"]) == (415, "identity")
+    body = response.json()
+    assert "'gzip'" in body.get("error", body)["message"]
+
+
 def test_answers_do_not_wait_for_an_acknowledgement(client: httpx.Client) -> None:
     """Without TCP_NODELAY each answer, and each event, takes 40 ms more."""
 
@@ -84,6 +100,21 @@ PATHS = [("GET", "/health", 200), ("GET", "/nothing", 404), ("POST", "/execute",
 def test_a_correlation_id_is_sent_back(client: httpx.Client, method: str, path: str, status: int) -> None:
     response = client.request(method, path, headers={"X-Correlation-Id": "abc-123"})
     assert (response.status_code, response.headers["x-correlation-id"]) == (status, "abc-123")
+
+
+@pytest.mark.parametrize(("method", "path", "status"), PATHS)
+def test_a_request_id_is_another_name_of_it_and_both_are_sent(
+    client: httpx.Client, method: str, path: str, status: int
+) -> None:
+    for sent, found in (
+        ({"X-Request-Id": "req-1"}, "req-1"),
+        ({"X-Request-Id": "req-1", "X-Correlation-Id": "abc-123"}, "abc-123"),
+        ({"X-Request-Id": "req-1", "X-Correlation-Id": "not valid"}, "req-1"),
+        ({"X-Request-Id": "not valid"}, "[0-9a-f]{32}"),
+    ):
+        headers = client.request(method, path, headers=sent).headers
+        assert re.fullmatch(found, headers["x-correlation-id"])
+        assert headers["x-request-id"] == headers["x-correlation-id"]
 
 
 @pytest.mark.parametrize(("method", "path", "status"), PATHS)
@@ -177,6 +208,29 @@ def test_metrics_tell_apart_why_requests_were_rejected(slow_client: httpx.Client
     assert after['llorch_http_requests_total{route="/execute",status="503"}'] >= 1
     assert after['llorch_http_requests_total{route="other",status="404"}'] >= 1
     assert "/nothing" not in str(after)
+
+
+TEXTS = {
+    "/": "text/html",
+    "/page/app.js": "text/javascript",
+    "/page/style.css": "text/css",
+    "/metrics": "text/plain; version=0.0.4",
+    "/docs": "text/html",
+    "/docs/start.js": "text/javascript",
+}
+
+
+@pytest.mark.parametrize("path", TEXTS)
+def test_a_text_names_its_charset_once(client: httpx.Client, path: str) -> None:
+    assert client.get(path).headers.get_list("content-type") == [f"{TEXTS[path]}; charset=utf-8"]
+
+
+def test_metrics_come_in_the_format_that_is_asked_for(client: httpx.Client) -> None:
+    kind = client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"}).headers[
+        "content-type"
+    ]
+    assert kind.startswith("application/openmetrics-text; version=1.0.0; charset=utf-8")
+    assert kind.count("charset") == 1
 
 
 # ---- keys ----
@@ -318,6 +372,7 @@ def test_the_document_keeps_to_openapi_3_0(client: httpx.Client) -> None:
             assert not isinstance(node.get("type"), list), path
             assert node.get("type") != "null", path
             assert "const" not in node, path
+            assert node.get("required") != [], path
             if "$ref" in node:
                 assert resolve(str(node["$ref"])), path
             for key, value in node.items():

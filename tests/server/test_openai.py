@@ -265,6 +265,21 @@ def test_models(ai: openai.OpenAI) -> None:
         ai.chat.completions.create(model="other", messages=USER)
 
 
+def test_an_alias_is_the_models_id_and_its_own_name_is_taken_too(start: Start) -> None:
+    server = start("--alias", "teller/small").wait_healthy()
+    with connect(server) as client:
+        assert [model.id for model in client.models.list()] == ["teller/small"]
+        assert client.models.retrieve("teller/small").id == client.models.retrieve(MODEL).id == "teller/small"
+        for name in ("teller/small", MODEL):
+            options: Any = {**GREEDY, "model": name, "prompt": "Once"}
+            assert client.completions.create(**options).model == "teller/small"
+            assert next(iter(client.completions.create(stream=True, **options))).model == "teller/small"
+        with pytest.raises(openai.NotFoundError, match="its model is 'teller/small'"):
+            client.completions.create(model="other", prompt="a")
+        assert httpx.get(f"{server.url}/health").json()["model"] == MODEL
+    server.close()
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -125,6 +126,7 @@ def test_stop_ends_the_answer_and_the_job(open_page: Open, slow_chat: Server) ->
     expect(page.locator("#status")).to_have_text("Stopped.")
     with slow_chat.client() as client:
         eventually(lambda: "llorch_running_requests 0.0" in client.get("/metrics").text, what="no request running")
+    expect(page.locator(".message.assistant.unfinished")).to_be_visible()
     say(page, "And then")
     expect(page.locator(".message.user")).to_have_count(2)
     page.keyboard.press("Escape")
@@ -142,6 +144,111 @@ def test_history_survives_a_reload_and_a_new_chat_ends_it(open_page: Open, slow_
     page.get_by_role("button", name="New chat").click()
     page.reload()
     expect(page.locator(".message")).to_have_count(0)
+
+
+@pytest.mark.parametrize("leave", ["reload", "close"])
+def test_leaving_in_the_middle_of_an_answer_keeps_what_had_come(open_page: Open, slow_chat: Server, leave: str) -> None:
+    page = open_page(slow_chat)
+    say(page, "Lily saw a cat", ("Most tokens", "400"))
+    answer = page.locator(".message.assistant span").last
+    expect(answer).to_have_text(re.compile(".{20}"))
+    early = answer.inner_text()
+    if leave == "reload":
+        page.reload()
+    else:
+        page.close(run_before_unload=True)
+        page = page.context.new_page()
+        page.goto(slow_chat.url)
+    expect(page.locator(".message.user")).to_contain_text("Lily saw a cat")
+    expect(page.locator(".message.assistant.unfinished")).to_contain_text(early)
+    say(page, "Go on", ("Most tokens", "3"))  # the server takes what is kept
+    expect_done(page, 3)
+    expect(page.locator(".message")).to_have_count(4)
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_each_of_two_tabs_keeps_its_conversation(open_page: Open, slow_chat: Server) -> None:
+    first = open_page(slow_chat)
+    say(first, "Lily saw a cat", ("Most tokens", "400"))
+    second = first.context.new_page()
+
+    def opened() -> bool:
+        second.goto(slow_chat.url)
+        return second.locator(".message.assistant.unfinished").count() == 1
+
+    eventually(opened, what="an answer that is kept while it is written, as a crash would leave it")
+    expect(first.locator(".message.assistant.writing")).to_be_visible()
+    second.get_by_role("button", name="New chat").click()
+    say(second, "Tom had a ball", ("Most tokens", "3"))
+    expect_done(second, 3)
+    first.get_by_role("button", name="Stop").click()
+    expect(first.locator("#status")).to_have_text("Stopped.")
+    for page, question in ((first, "Lily saw a cat"), (second, "Tom had a ball")):
+        page.reload()
+        expect(page.locator(".message")).to_have_count(2)
+        expect(page.locator(".message.user")).to_contain_text(question)
+
+
+def test_a_question_without_an_answer_is_kept_to_be_sent_again(
+    open_page: Open, start: Start, template: Path, tmp_path: Path
+) -> None:
+    stall = tmp_path / "stall"
+    stall.touch()
+    options = ("--provider", "paced", "--chat-template", str(template))
+    page = open_page(start(*options, env={"PACED_STALL_WHEN": str(stall)}).wait_healthy())
+    box = page.get_by_label("Message")
+    say(page, "Hello", ("Most tokens", "3"))
+    page.reload()
+    expect(page.locator(".message.user.unanswered")).to_contain_text("Hello")
+    expect(box).to_have_value("Hello")
+    page.reload()
+    expect(box).to_have_value("Hello")
+    box.press("Enter")
+    box.fill("What I typed meanwhile")
+    page.keyboard.press("Escape")
+    expect(box).to_have_value("Hello\n\nWhat I typed meanwhile")
+    box.fill("Hello")
+    stall.unlink()
+    box.press("Enter")
+    expect_done(page, 3)
+    expect(page.locator(".message")).to_have_count(2)
+
+
+OFF = """for (const name of ["localStorage", "sessionStorage"])
+  Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });"""
+FULL = """for (const storage of [localStorage, sessionStorage])
+  for (let text = "", size = 1 << 23; size; size >>= 1)
+    try { storage.setItem("filler", text + "x".repeat(size)); text += "x".repeat(size); } catch {}"""
+
+
+@pytest.mark.parametrize("broken", [OFF, FULL], ids=["off", "full"])
+def test_without_storage_the_page_works_and_says_so(open_page: Open, slow_chat: Server, broken: str) -> None:
+    page = open_page(slow_chat)
+    page.add_init_script(broken)
+    page.reload()
+    say(page, "Hello", ("Most tokens", "60"))  # long enough for what is kept while it is written
+    for turn in (1, 2):
+        expect(page.locator(".message.assistant:not(.writing)")).to_have_count(turn)
+        expect(page.locator("#status")).to_contain_text("keeps no history")
+        if turn == 1:
+            say(page, "Again")
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_who_scrolls_up_is_left_there(open_page: Open, slow_chat: Server) -> None:
+    page = open_page(slow_chat)
+    say(page, "line\n" * 60, ("Most tokens", "400"))
+    conversation, answer = page.locator("#conversation"), page.locator(".message.assistant span").last
+    end = "c => c.scrollHeight - c.scrollTop - c.clientHeight <= 1"
+    expect(answer).to_have_text(re.compile(".{20}"))
+    assert conversation.evaluate(end)
+    conversation.evaluate("c => c.scrollTop -= 100")
+    early = answer.inner_text()
+    expect(answer).not_to_have_text(early)
+    assert not conversation.evaluate(end)
+    conversation.evaluate("c => c.scrollTop = c.scrollHeight")
+    expect(answer).to_have_text(re.compile(".{200}", re.DOTALL))
+    assert conversation.evaluate(end)
 
 
 def test_what_a_model_writes_is_text(open_page: Open, slow_chat: Server) -> None:
@@ -178,6 +285,10 @@ def test_a_key_is_asked_for(open_page: Open, start: Start, template: Path) -> No
     key.fill("wrong")
     key.press("Enter")
     expect(page.locator("#key-error")).to_contain_text("not one of")
+    key.press("Escape")
+    expect(page.locator("#status")).to_contain_text("Not sent")
+    expect(page.get_by_label("Message")).to_have_value("Hello")
+    page.get_by_role("button", name="Send").click()
     key.fill("sesame")
     key.press("Enter")
     expect_done(page, 4)
@@ -185,13 +296,25 @@ def test_a_key_is_asked_for(open_page: Open, start: Start, template: Path) -> No
     expect(page.locator(".message.assistant")).to_have_count(2)
 
 
-def test_the_server_is_gone(open_page: Open, start: Start, template: Path) -> None:
-    ending = start("--chat-template", str(template)).wait_healthy()
-    page = open_page(ending, errors="net::ERR_")  # refused, or reset where the browser has not yet seen its end
-    expect(page.locator("#machine")).to_contain_text("numpy-cpu")
-    ending.close()
-    say(page, "Hello")
-    expect(page.get_by_role("alert").locator("span").last).to_contain_text("does not answer")
+def test_the_server_is_gone_and_comes_back(open_page: Open, start: Start, template: Path) -> None:
+    options = ("--provider", "paced", "--chat-template", str(template))
+    ending = start(*options, env={"PACED_STEP_SECONDS": "0.02"}).wait_healthy()
+    # refused, or reset where the browser has not yet seen its end; 503 while the next one loads
+    page = open_page(ending, errors="net::ERR_|status of 503")
+    say(page, "Once upon a time")
+    expect(page.locator(".message.assistant span").last).not_to_be_empty()
+    ending.process.kill()
+    alert = page.get_by_role("alert").locator("span").last
+    expect(alert).to_have_text("The connection ended before the answer did.")
+    expect(page.locator(".message.assistant.unfinished")).to_be_visible()
+    expect(page.locator("#machine")).to_contain_text("does not answer")
+    say(page, "Hello", ("Most tokens", "3"))
+    expect(alert).to_contain_text("does not answer")
+    start(*options, port=urlsplit(page.url).port).wait_healthy()
+    expect(page.locator("#machine")).to_contain_text("paced on")
+    page.get_by_role("button", name="Send").click()
+    expect_done(page, 3)
+    expect(page.locator(".message.user")).to_have_count(2)
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -248,10 +248,32 @@ def test_a_key_has_no_more_places_than_it_may_and_another_passes_it_by(start: St
             waiting.start()
             eventually(lambda: first.get("/health").json()["waiting"] == 1)
             assert run(second, job_id="other", prompt="c", max_tokens=2)[-1]["type"] == "end"
-            seen = second.get("/debug/engine").json()
+            seen = first.get("/debug/engine").json()
             assert [job["job_id"] for job in seen["running"]] == ["one"]
             assert [job["job_id"] for job in seen["waiting"]] == ["two"]
         waiting.join(30)
+    server.close()
+
+
+def test_a_key_has_its_own_jobs(start: Start) -> None:
+    env = {"LLORCH_API_KEY": "first,second", "LLORCH_FAULTS": "pace=0.02"}
+    server = start("--provider", "faulty", env=env).wait_healthy()
+    keys = {name: {"Authorization": f"Bearer {name}"} for name in ("first", "second")}
+    job: dict[str, Any] = {"job_id": "secret-name", "prompt": "a", "temperature": 0}
+    with server.client(headers=keys["first"]) as first, server.client(headers=keys["second"]) as second:
+        with execute(first, max_tokens=300, **job) as stream:
+            stream.next("token")
+            seen = second.get("/debug/engine").json()
+            assert (seen["running"], seen["stats"]["running"]) == ([], 1)
+            assert "secret-name" not in str(seen)
+            assert second.post("/cancel", json={"job_id": "secret-name"}).json()["found"] is False
+            assert run(second, max_tokens=1, **job)[-1]["type"] == "end"  # another job of the same id
+            with server.client(headers=keys["first"]) as again:
+                assert again.post("/execute", json=job).status_code == 409
+                stream.next("token")
+                assert again.post("/cancel", json={"job_id": "secret-name"}).json()["found"] is True
+            assert list(stream)[-1]["code"] == "CANCELLED"
+        eventually(lambda: first.get("/health").json()["running"] == 0)
     server.close()
 
 

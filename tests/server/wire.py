@@ -95,7 +95,7 @@ class Wire:
 def request(method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> bytes:
     """The bytes of a request."""
     content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-    fields = {"Host": "llorch", **(headers or {})}
+    fields = {"Host": "localhost", **(headers or {})}
     if body is not None and "Transfer-Encoding" not in fields:
         fields = {"Content-Length": str(len(content)), **fields}
     lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]

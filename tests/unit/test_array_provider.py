@@ -27,6 +27,9 @@ from tests.unit.test_new_provider import ONE_THREAD
 EXAMPLE = ROOT / "examples" / "llorch-provider-torch"
 
 
+CACHE = CacheSpec(layers=4, kv_heads=4, head_dim=64, block_size=32, blocks=100, dtype="f32")
+
+
 class CountingDevice(ArrayDevice):
     """NumPy, counting what moves between host and device."""
 
@@ -127,16 +130,29 @@ def test_a_long_prompts_scores_are_made_in_slices(device, rng, monkeypatch) -> N
 def test_what_does_not_fit_is_refused_before_it_is_loaded(device, rng, monkeypatch) -> None:
     monkeypatch.setattr(device, "memory", lambda: MemoryInfo(total=1 << 20, free=1 << 20))
     weight = random_weight(rng, "Q8_0", 2048, 1024, frozenset({"matmul"}))
-    with pytest.raises(DeviceMemoryError, match=r"weights as float32 need 0.01 GiB, 0.00 GiB are free on cpu: choose"):
+    with pytest.raises(DeviceMemoryError, match=r"weights as float32 need 8.0 MiB, 1.0 MiB are free on cpu: choose"):
         device.expect([weight])
-    cache = CacheSpec(layers=4, kv_heads=4, head_dim=64, block_size=32, blocks=100, dtype="f32")
-    with pytest.raises(DeviceMemoryError, match=r"KV cache of 3200 tokens needs 0.02 GiB.*smaller --context"):
-        device.kv_cache(cache)
+    with pytest.raises(
+        DeviceMemoryError, match=r"KV cache of 3200 tokens needs 25.0 MiB, 1.0 MiB are free.*smaller --context"
+    ):
+        device.kv_cache(CACHE)
 
 
 def test_the_load_log_says_what_the_weights_take(device, rng) -> None:
     weight = random_weight(rng, "Q4_0", 1024, 2048, frozenset({"matmul"}))
-    assert device.expect([weight, weight, weight]) == "weights: float32 on the device, 24.00 MiB"
+    assert device.expect([weight, weight, weight]) == "weights: float32 on the device, 24.0 MiB"
+
+
+def test_weights_that_a_device_keeps_otherwise_are_neither_counted_nor_called_float32(device, rng, monkeypatch) -> None:
+    class Quantised(CountingDevice):
+        def weight(self, host_weight: Any) -> Any:
+            return host_weight.data
+
+    monkeypatch.setattr(Quantised, "memory", lambda _self: MemoryInfo(total=4 << 20, free=4 << 20))
+    weight = random_weight(rng, "Q8_0", 2048, 1024, frozenset({"matmul"}))  # 2.1 MiB, of float32 8
+    kept = Quantised(np, device.info, device.options)
+    assert kept.expect([weight]) == "weights: 2.1 MiB as the device was given them"
+    assert kept.memory_need([weight], CACHE, []).weights == weight.nbytes
 
 
 def test_a_missing_module_says_what_the_provider_needs() -> None:

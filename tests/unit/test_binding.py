@@ -9,7 +9,7 @@ import pytest
 
 import llorch
 from llorch.core.binder import Binder
-from llorch.errors import BindError
+from llorch.errors import BindError, DeviceMemoryError, KernelError
 from llorch.providers import (
     OPTIONAL,
     REQUIRED,
@@ -151,6 +151,7 @@ def test_declined_required_operations_fail_at_load_and_are_all_listed(load_with)
     assert "declines 16 required operations" in message  # 2 a layer, 5 layers, and output_norm; 5 swiglu
     assert "rmsnorm (11 sites, first blk.0.attn_norm:" in message
     assert "swiglu (5 sites, first blk.0.ffn_swiglu:" in message
+    assert message.count("where its factory returned None (a forgotten `return`?)") == 2
     assert "--provider" in message
 
 
@@ -161,7 +162,7 @@ def test_an_operation_without_hookimpl_is_named() -> None:
 
     binder = bind(Plain())
     binder.bind("rmsnorm", NORM)
-    with pytest.raises(BindError, match="It has rmsnorm without @hookimpl"):
+    with pytest.raises(BindError, match=r"for which it has no factory\. It has rmsnorm without @hookimpl"):
         binder.finish()
 
 
@@ -209,6 +210,29 @@ def test_a_device_that_takes_no_plain_type_fails_with_the_tensors_name(load_with
 
     with pytest.raises(BindError, match=r"token_embd.weight is F32, used as embed.*takes Q4_0 for that"):
         load_with(Ops(), Strange)
+
+
+class Loose(NumpyDevice):
+    """Declares what a test says."""
+
+    weight_types: Any = {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embed": None}, "has no key 'embed', for the types that it takes as embed; it has 'matmul', 'vector'"),
+        ({"matmul": {"F32", "Q4_O"}}, r"has 'Q4_O' under 'matmul', which is no GGML type; did you mean Q4_0\?"),
+        ({"vector": "F32"}, "has 'F32' under 'vector', expected a set of GGML type names"),
+    ],
+)
+def test_weight_types_are_checked_when_a_device_is_opened(load_with, monkeypatch, changes, message) -> None:
+    plain = {use: {"F32"} for use in ("embed", "matmul", "vector")}  # a set is as good as a frozenset
+    monkeypatch.setattr(Loose, "weight_types", plain)
+    load_with(Ops(), Loose).close()
+    monkeypatch.setattr(Loose, "weight_types", {k: v for k, v in {**plain, **changes}.items() if v is not None})
+    with pytest.raises(BindError, match=f"provider acme: weight_types of its device cpu {message}"):
+        load_with(Ops(), Loose)
 
 
 def test_a_tied_embedding_is_uploaded_once_with_both_uses(load_with) -> None:
@@ -315,3 +339,116 @@ def test_a_providers_fused_operations_are_used_and_counted(load_with) -> None:
     for label in labels:
         np.testing.assert_array_equal(served[label], expected[label])
         np.testing.assert_array_equal(apart[label], expected[label])
+
+
+# ---- a device that joins entries of a plan ----
+
+
+class Joining(NumpyDevice):
+    """The rotation of q and k is left to attention, the entry behind it."""
+
+    def fuse(self, entries: Any) -> list[Any]:
+        found = list(entries)
+        for rope in [entry for entry in entries if "q_rope" in entry.outputs[0][0]]:
+            k_rope, attention = found[found.index(rope) + 1 :][:2]
+
+            def both(*args: Any, before: Any = (rope, k_rope), kernel: Any = attention.kernel) -> None:
+                for entry in before:
+                    entry.kernel(*entry.args)
+                kernel(*args)
+
+            found[found.index(rope) : found.index(attention) + 1] = [attention._replace(kernel=both)]
+        return found
+
+
+def test_a_device_may_leave_out_what_a_neighbour_does(load_with) -> None:
+    tokens = [1, 403, 407, 261]
+    with llorch.load(shared("models", "stories260K.gguf"), provider="numpy-cpu") as plain:
+        expected = plain.checkpoints(tokens, ["blk.0.attention", "output"])
+    with load_with(NumpyOps(), Joining) as llm:
+        found = llm.checkpoints(tokens, ["blk.0.attention", "output"], fused=True)
+        with pytest.raises(llorch.errors.InvalidRequestError, match="q_rope"):
+            llm.checkpoints(tokens, ["blk.0.q_rope"], fused=True)
+    for label, values in expected.items():
+        np.testing.assert_array_equal(found[label], values)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda entries: entries[::-1], lambda entries: [*entries, entries[0]]], ids=["another order", "one twice"]
+)
+def test_joined_entries_keep_their_order(load_with, wrong) -> None:
+    class Wrong(NumpyDevice):
+        def fuse(self, entries: Any) -> Any:
+            return wrong(entries)
+
+    with load_with(NumpyOps(), Wrong) as llm, pytest.raises(BindError, match="another order"):
+        llm.logits([1, 403])
+
+
+# ---- kernels that raise ----
+
+
+class Raising(Fused):
+    """Raises `error` at a site, once it is armed: the load itself runs nothing."""
+
+    def __init__(self, label: str, error: Exception) -> None:
+        super().__init__()
+        self._label, self._error = label, error
+
+    def _raising(self, spec: Any, kernel: Any) -> Any:
+        def wrong(*_args: Any) -> None:
+            raise self._error
+
+        return wrong if spec.label == self._label else kernel
+
+    @hookimpl
+    def rmsnorm(self, spec: Any) -> Any:
+        return self._raising(spec, super().rmsnorm(spec))
+
+    @hookimpl
+    def swiglu(self, spec: Any) -> Any:
+        return self._raising(spec, super().swiglu(spec))
+
+    @hookimpl
+    def add_rmsnorm(self, spec: Any) -> Any:
+        return self._raising(spec, super().add_rmsnorm(spec))
+
+
+@pytest.mark.parametrize(
+    ("label", "operation"),
+    [
+        ("blk.0.attn_norm", "rmsnorm"),
+        ("blk.3.ffn_norm", "add_rmsnorm"),  # the provider's own fused kernel
+        ("blk.2.ffn_swiglu", "swiglu"),  # a part of what core decomposes
+    ],
+)
+def test_a_kernel_that_raises_is_named_with_its_operation_and_site(load_with, label, operation) -> None:
+    error = TypeError("takes 5 positional arguments but 6 were given")
+    with load_with(Raising(label, error)) as llm:
+        with pytest.raises(KernelError) as caught:
+            llm.generate_ids([1, 403, 407], max_tokens=2)
+        assert caught.value.__cause__ is error
+        assert str(caught.value) == (
+            f"provider acme: its kernel for {operation} at {label} raised TypeError: takes 5 positional arguments but "
+            "6 were given"
+        )
+
+
+@pytest.mark.parametrize("error", [DeviceMemoryError("full"), MemoryError("full"), BindError("of its own")])
+def test_an_error_of_llorchs_own_and_a_lack_of_memory_pass_unchanged(load_with, error) -> None:
+    with load_with(Raising("blk.3.ffn_norm", error)) as llm:
+        with pytest.raises(type(error)) as caught:
+            llm.logits([1, 403, 407])
+        assert caught.value is error
+
+
+def test_the_labels_of_a_model_are_listed_with_their_operations(load_with) -> None:
+    with load_with(Ops()) as llm:
+        labels = llm.labels()
+        assert list(labels)[:4] == ["token_embd", "blk.0.attn_norm", "blk.0.attn_q", "blk.0.attn_k"]
+        assert list(labels)[-3:] == ["output_rows", "output_norm", "output"]
+        assert labels["blk.1.k_rope"] == "rope"
+        assert set(labels.values()) == set(REQUIRED)
+        assert llm.checkpoints([1, 2], list(labels)).keys() == labels.keys()
+    with load_with(Fused()) as llm:
+        assert llm.labels(fused=True)["blk.0.q_rope"] == "rope_pair"

@@ -16,7 +16,7 @@ import pytest
 
 from llorch import __version__, cli
 from llorch.commands import inspect
-from llorch.errors import GGUFError, LlorchError, SettingsError
+from llorch.errors import GGUFError, KernelError, LlorchError, SettingsError
 from tests.support import shared
 
 
@@ -124,6 +124,7 @@ def test_an_unknown_command_gives_a_suggestion(argv: str, message: str, capsys: 
     [
         (LlorchError("it broke: mend it"), 1, ["llorch: error: it broke: mend it"]),
         (GGUFError("no such file"), 1, ["llorch: error: no such file"]),
+        (KernelError("rope raised"), 1, ["llorch: error: rope raised", "run again with --debug for the traceback"]),
         (SettingsError("--port: no"), 2, ["llorch: error: --port: no"]),
         (
             ZeroDivisionError("oh"),

@@ -88,6 +88,23 @@ def test_a_wrong_operation_of_a_new_provider_fails_the_suite(tmp_path) -> None:
     assert "20 failed" in done.stdout
 
 
+def test_bare_pytest_takes_the_folders_tests_whatever_other_package_is_called_so(tmp_path) -> None:
+    """As that of a checkout of llorch is, where llorch is installed editable."""
+    folder, site = write("acme", tmp_path), tmp_path / "site"
+    (site / "tests").mkdir(parents=True)
+    (site / "tests" / "__init__.py").write_text("")
+    (site / "tests" / "test_foreign.py").write_text("def test_of_another_project(): pass\n")
+    plugins.install(site, "acme", (folder / "src" / "llorch_provider_acme" / "__init__.py").read_text())
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only"], cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(site)}, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tests/test_llorch_provider_acme.py::test_the_entry_point_names_this_provider" in done.stdout
+    assert "test_operations.py::test_rmsnorm[acme-" in done.stdout
+    assert "test_of_another_project" not in done.stdout
+
+
 def test_what_is_written_is_complete_and_named_after_the_provider(tmp_path) -> None:
     folder = write("fast-gpu", tmp_path)
     assert folder == tmp_path / "llorch-provider-fast-gpu"
@@ -143,6 +160,7 @@ def test_a_name_that_pip_would_change_is_refused(capsys, tmp_path, name, hint) -
     ("name", "reason"),
     [
         ("auto", "'auto' means the best that works, so no provider can have it: choose another"),
+        ("faulty", "'faulty' is what llorch's own tests call one, so no provider can have it"),
         ("all", "'all' means every one under pytest --provider"),
         ("numpy-cpu", "a provider 'numpy-cpu' is installed already, see `llorch providers`: choose another name"),
         ("llorch-provider-acme", "expected the provider's name alone, 'acme', not 'llorch-provider-acme'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from llorch.commands import _op_cases, _op_timing
 from llorch.commands._op_cases import Shapes
 from llorch.commands._op_timing import OpBench, Rates
 from llorch.core.binder import Binder
-from llorch.providers import OPTIONAL, REQUIRED, AddSpec, Kernel, hookimpl
+from llorch.providers import OPTIONAL, REQUIRED, AddSpec, AttentionSpec, Kernel, hookimpl, registry
 from llorch.providers.array import ArrayDevice, ArrayOps, ArrayProvider
 
 SMALL = ["--dim", "256", "--ffn", "512", "--heads", "4", "--kv-heads", "2", "--vocab", "300", "--context", "70"]
@@ -59,14 +60,6 @@ def test_who_computes_an_operation_is_told(capsys) -> None:
     assert by["add_rmsnorm"] == by["gate_up_swiglu"] == "core"
 
 
-def test_the_share_is_of_the_limit_and_missing_where_caches_serve(capsys) -> None:
-    found = lines(capsys, "--provider", "numpy-cpu", "--weight-types", "F32")
-    decode = {timing["operation"]: timing for timing in found if timing["phase"] == "decode"}
-    assert decode["add"]["share_of_limit"] is None
-    matmul = decode["matmul"]
-    assert matmul["share_of_limit"] == pytest.approx(matmul["limit_seconds"] / matmul["seconds"])
-
-
 def test_products_are_timed_for_each_weight_type(capsys) -> None:
     found = lines(capsys, "--provider", "numpy-cpu", "--weight-types", "Q8_0", "--weight-types", "Q6_K")
     products = [(t["shape"], t["weight_type"]) for t in found if t["operation"] == "matmul" and t["phase"] == "decode"]
@@ -84,9 +77,21 @@ def test_the_table_says_what_the_device_has_shown(capsys) -> None:
         assert operation in printed
 
 
+def test_only_some_operations_are_timed(capsys) -> None:
+    found = lines(capsys, "--provider", "numpy-cpu", "--only", "matmul, attention,topk", "--weight-types", "F32")
+    assert [t["operation"] for t in found] == ["attention", "matmul", "matmul", "topk", "attention", "matmul", "matmul"]
+
+
+def test_every_shape_between_the_products_has_the_tokens(capsys) -> None:
+    found = lines(capsys, "--provider", "numpy-cpu", "--only", "rope,rope_pair,add")
+    shapes = [(t["operation"], t["shape"]) for t in found if t["phase"] == "prefill"]
+    assert shapes == [("add", "8 x 256"), ("rope", "8 x 4 x 64"), ("rope_pair", "8 x (4 + 2) x 64")]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--only", "matmull"], "--only: no operation 'matmull'; did you mean matmul?; there are embed, rmsnorm,"),
         (["--provider", "numpy-cpu", "--weight-types", "Q9_X"], "provider numpy-cpu does not take Q9_X for products"),
         (["--dim", "300"], "--dim: expected a multiple of 256, the block of many weight types, not 300"),
         (["--heads", "3"], "3 heads and 2 key heads of a width of 256"),
@@ -97,6 +102,44 @@ def test_the_table_says_what_the_device_has_shown(capsys) -> None:
 def test_what_cannot_be_timed_is_an_error(capsys, argv, message) -> None:
     assert bench(*argv) == 2
     assert message in capsys.readouterr().err
+
+
+class RaisingOps(ArrayOps):
+    @hookimpl
+    def attention(self, device: ArrayDevice, spec: AttentionSpec) -> Kernel:
+        return lambda out, q, k, v, cache: None
+
+    @hookimpl
+    def add(self, device: ArrayDevice, spec: AddSpec) -> Kernel:
+        def kernel(out: Any, x: Any, y: Any) -> None:
+            if len(x) == 8:
+                raise ZeroDivisionError("eight")
+
+        return kernel
+
+
+class RaisingProvider(ArrayProvider):
+    name, summary, requires, api_version, priority = "raising", "raises", "nothing", 1, 0
+    operations_type = RaisingOps
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        ("attention", r"its kernel for attention, 4 / 2 x 64, 70 keys raised TypeError: .* takes 5 positional"),
+        ("add", "its kernel for add, 8 x 256 raised ZeroDivisionError: eight"),
+    ],
+)
+def test_a_kernel_that_raises_is_named_with_its_shape(capsys, monkeypatch, operation, message) -> None:
+    monkeypatch.setattr(registry, "choose", lambda _name: (RaisingProvider(), "of the test"))
+    assert bench("--provider", "raising", "--only", operation) == 1
+    assert re.search(f"provider raising: {message}", capsys.readouterr().err)
+
+
+def test_an_operation_that_the_host_does_in_its_place_cannot_be_timed(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(registry, "choose", lambda _name: (SlowProvider(), "of the test"))
+    assert bench("--provider", "slow", "--only", "topk") == 2
+    assert "--only: provider slow does not offer topk, which the host does for it" in capsys.readouterr().err
 
 
 # ---- the measurement itself ----
@@ -133,6 +176,14 @@ def test_a_call_is_timed_and_not_the_reading_behind_it() -> None:
     timing = OpBench(provider, device, SHAPES, 3).timing(cases(1)["add"], "decode", 1, Rates(1.0, 2.0, 4.0))
     assert 0.004 <= timing.seconds < 0.012
     assert timing.limit_seconds == timing.bytes / 2e9
+
+
+def test_the_share_is_of_the_limit_and_missing_where_caches_serve() -> None:
+    provider, rates = SlowProvider(), Rates(1.0, 2.0, 4.0)  # given: those of a busy machine may make `add` arithmetic
+    bench = OpBench(provider, provider.open(), SHAPES, 2)
+    add, matmul = (bench.timing(cases(1)[name], "decode", 1, rates) for name in ("add", "matmul"))
+    assert add.share_of_limit is None
+    assert matmul.share_of_limit == pytest.approx(matmul.limit_seconds / matmul.seconds)
 
 
 def test_bytes_and_arithmetic_are_what_the_shapes_say() -> None:

@@ -68,6 +68,46 @@ def test_a_broken_import_keeps_its_reason(site: Path) -> None:
     assert status_of("crashing").state == "broken"
 
 
+BROKEN = {
+    "a name": (
+        "import os\n\n\ndef kernels():\n    return Nope\n\n\nkernels()\n",
+        "NameError: name 'Nope' is not defined",
+        5,
+    ),
+    "syntax": ("import os\nx = = 1\n", "SyntaxError: ", 2),
+    "in a library": ("import json\n\njson.loads('{')\n", "JSONDecodeError: ", 3),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_import_says_in_which_line_of_the_plugin(site: Path, case: str) -> None:
+    text, reason, line = BROKEN[case]
+    install(site, "crashing", text)
+    with pytest.raises(ProviderUnavailableError) as caught:
+        registry.load("crashing")
+    assert reason in str(caught.value)
+    assert f" at {site / 'llorch_provider_crashing.py'}:{line}. Its entry point" in str(caught.value)
+    assert "pip install --upgrade --force-reinstall llorch-provider-crashing" in str(caught.value)
+
+
+def test_an_editable_plugin_that_cannot_be_imported_is_to_be_mended_not_installed_again(site: Path) -> None:
+    install(site, "crashing", "Nope")
+    record = site / "llorch_provider_crashing-1.0.dist-info" / "direct_url.json"
+    record.write_text('{"url": "file:///somewhere", "dir_info": {"editable": true}}')
+    with pytest.raises(ProviderUnavailableError, match="installed editable: mend it there, or uninstall") as caught:
+        registry.load("crashing")
+    assert "reinstall" not in str(caught.value)
+    record.write_text('{"url": "https://somewhere", "archive_info": {}}')
+    with pytest.raises(ProviderUnavailableError, match="--force-reinstall"):
+        registry.load("crashing")
+
+
+def test_devices_that_raise_say_in_which_line_of_the_plugin(site: Path) -> None:
+    install(site, "acme", source("acme", devices="return [Nope]"))
+    with pytest.raises(ProviderUnavailableError, match=r"name 'Nope' is not defined at .*llorch_provider_acme\.py:13$"):
+        registry.choose("acme")
+
+
 def test_a_plugin_that_exits_on_import_is_only_broken(site: Path) -> None:
     install(site, "quitting", "raise SystemExit('licence expired')")
     status = status_of("quitting")

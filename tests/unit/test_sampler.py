@@ -330,7 +330,7 @@ def test_too_few_candidates_are_refused() -> None:
 def test_logits_without_a_token_are_an_error(params, logits, message) -> None:
     sampler = Sampler(SamplingParams(**params), 3)
     sampler.accept(0)
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(EngineError, match=f"{message}.*`llorch compare MODEL --provider NAME` shows where"):
         sampler.sample(row(logits))
 
 

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from llorch.core.requests import SamplingParams
 from llorch.http.bodies import PRIORITY, sampling_fields
-from llorch.http.fields import BodyError, Field, Integer, Number, Text, Violation, parse_body
-from llorch.http.openai.fields import Flag, LogitBias, Messages, Prompt, Stop, StreamOptions, Unsupported, Variables
+from llorch.http.fields import BodyError, Field, Integer, Number, Text, Violation, checked, json_object
+from llorch.http.openai.fields import (
+    Flag,
+    LogitBias,
+    Messages,
+    OrMinusOne,
+    Prompt,
+    Stop,
+    StreamOptions,
+    Unsupported,
+    Variables,
+)
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 MOST_TOKENS = 2**31 - 1  # where the operator has set no limit: what the context leaves is one
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, of /v1/completions
+
+# what other engines take beside OpenAI's fields: passed over, each would give another text than was asked for
+OF_OTHER_ENGINES = {
+    "grammar": "A grammar for the answer.",
+    "json_schema": "A schema for the answer.",
+    "guided_json": "A schema for the answer.",
+    "guided_regex": "A pattern for the answer.",
+    "guided_choice": "The answers that there may be.",
+    "guided_grammar": "A grammar for the answer.",
+    "structured_outputs": "A grammar, a schema or a pattern for the answer.",
+    "format": "A schema for the answer.",
+    "ignore_eos": "Whether to go on behind the model's end.",
+    "min_tokens": "Least tokens to generate.",
+    "stop_token_ids": "Tokens that end the text.",
+}
+MOST_NAMED = 8
+_PLAIN_NAME = re.compile(r"\w{1,40}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +69,7 @@ class GenerationBody:
     logprobs: int | None = None  # None: off; else how many alternatives
     priority: int = 0
     sampling: SamplingParams
+    passed_over: tuple[str, ...] = ()  # names of unknown fields, for the log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +105,7 @@ def _common(bounds: Bounds) -> tuple[Field, ...]:
             high=2**64 - 1,
             description="Seed of the random draws, taken modulo 2^64; drawn by default.",
         ),
-        *sampling_fields(bounds.vocab_size),
+        *sampling_fields(bounds.vocab_size, top_k=partial(OrMinusOne, stands_for=0)),
         Number(
             name="frequency_penalty",
             low=-2.0,
@@ -103,6 +132,13 @@ def _common(bounds: Bounds) -> tuple[Field, ...]:
             description="Strings that end the text; they are not part of it.",
         ),
         PRIORITY,
+        Unsupported(
+            name="response_format",
+            asks_for_nothing=lambda value: isinstance(value, dict) and value.get("type") == "text",
+            instead='leave it out, or send {"type": "text"}',
+            description="A grammar for the answer.",
+        ),
+        *(Unsupported(name=name, description=description) for name, description in OF_OTHER_ENGINES.items()),
     )
 
 
@@ -112,13 +148,14 @@ def chat_fields(bounds: Bounds) -> tuple[Field, ...]:
     return (
         Messages(name="messages", required=True, description="The conversation, for the model's chat template."),
         *_common(bounds),
-        Integer(
+        OrMinusOne(
             name="max_completion_tokens",
             low=1,
             high=bounds.max_tokens,
-            description="Most tokens to generate, by default what the context leaves; a value beyond is cut to it.",
+            description="Most tokens to generate, by default (and with -1) what the context leaves; a value beyond is "
+            "cut to it.",
         ),
-        Integer(name="max_tokens", low=1, high=bounds.max_tokens, description="The older name of the same."),
+        OrMinusOne(name="max_tokens", low=1, high=bounds.max_tokens, description="The older name of the same."),
         Flag(name="logprobs", default=False, description="Whether to report the tokens' log-probabilities."),
         Integer(
             name="top_logprobs",
@@ -127,11 +164,12 @@ def chat_fields(bounds: Bounds) -> tuple[Field, ...]:
             description="How many of the most likely tokens to report at each position, with `logprobs`.",
         ),
         Variables(name="chat_template_kwargs", description="Further names for the chat template, with plain values."),
+        Unsupported(name="continue_final_message", description="Whether the last message is to be gone on with."),
         Unsupported(
-            name="response_format",
-            asks_for_nothing=lambda value: isinstance(value, dict) and value.get("type") == "text",
-            instead='leave it out, or send {"type": "text"}',
-            description="A grammar for the answer.",
+            name="add_generation_prompt",
+            asks_for_nothing=lambda value: value is True,
+            instead="the template always begins an answer; leave it out",
+            description="Whether the template begins an answer.",
         ),
         Unsupported(name="tools", description="Functions that the model may call."),
         Unsupported(
@@ -164,12 +202,12 @@ def completion_fields(bounds: Bounds) -> tuple[Field, ...]:
             description="The rendered prompt or prompts: text, in which control tokens are parsed, or token ids.",
         ),
         *_common(bounds),
-        Integer(
+        OrMinusOne(
             name="max_tokens",
             low=1,
             high=bounds.max_tokens,
             default=DEFAULT_COMPLETION_TOKENS,
-            description="Most tokens to generate; a value beyond what the context leaves is cut to it.",
+            description="Most tokens to generate; a value beyond what the context leaves, or -1, is cut to it.",
         ),
         Integer(
             name="logprobs",
@@ -185,14 +223,37 @@ def completion_fields(bounds: Bounds) -> tuple[Field, ...]:
     )
 
 
+def _sent(raw: bytes) -> dict[str, Any]:
+    """What a body holds; a field that is null is absent."""
+    return {name: value for name, value in json_object(raw).items() if value is not None}
+
+
+def _without_idle_tools(sent: dict[str, Any]) -> dict[str, Any]:
+    """Functions that the model is told not to call ask for nothing."""
+    idle = {
+        tools
+        for tools, choice in (("tools", "tool_choice"), ("functions", "function_call"))
+        if sent.get(choice) == "none"
+    }
+    return {name: value for name, value in sent.items() if name not in idle}
+
+
+def _passed_over(sent: Mapping[str, Any], fields: Sequence[Field]) -> tuple[str, ...]:
+    """Names of unknown fields for the log: a few, and none that could be a piece of somebody's text."""
+    unknown = sent.keys() - {known.name for known in fields}
+    return tuple(sorted(name for name in unknown if _PLAIN_NAME.fullmatch(name))[:MOST_NAMED])
+
+
 def parse_chat(raw: bytes, bounds: Bounds) -> ChatBody:
     """Raises BodyError with every violation at once."""
-    given = parse_body(raw, chat_fields(bounds), lenient=True)
+    sent, fields = _without_idle_tools(_sent(raw)), chat_fields(bounds)
+    given = checked(sent, fields)
     wanted = given.get("logprobs", False)
     if "top_logprobs" in given and not wanted:
         raise BodyError([Violation("top_logprobs", "needs(logprobs)", "needs logprobs to be true")])
     return ChatBody(
         **_shared(given),
+        passed_over=_passed_over(sent, fields),
         messages=given["messages"],
         variables=given.get("chat_template_kwargs", {}),
         max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
@@ -202,7 +263,8 @@ def parse_chat(raw: bytes, bounds: Bounds) -> ChatBody:
 
 def parse_completion(raw: bytes, bounds: Bounds) -> CompletionBody:
     """Raises BodyError with every violation at once."""
-    given = parse_body(raw, completion_fields(bounds), lenient=True)
+    sent, fields = _sent(raw), completion_fields(bounds)
+    given = checked(sent, fields)
     prompts, n = given["prompt"], given.get("n", 1)
     if given.get("best_of", n) > n:
         message = f"is {given['best_of']}, n is {n}: choosing among more answers than are sent is not supported"
@@ -212,6 +274,7 @@ def parse_completion(raw: bytes, bounds: Bounds) -> CompletionBody:
         raise BodyError([Violation("prompt", f"max_count({bounds.choices})", message)])
     return CompletionBody(
         **_shared(given),
+        passed_over=_passed_over(sent, fields),
         prompts=prompts,
         max_tokens=given.get("max_tokens", DEFAULT_COMPLETION_TOKENS),
         logprobs=given.get("logprobs"),

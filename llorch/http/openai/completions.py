@@ -41,9 +41,10 @@ Prompts = Sequence[Sequence[int]]
 class Completions:
     """The OpenAI routes' way into the engine. Belongs to the event loop."""
 
-    def __init__(self, worker: Worker, max_tokens: int | None) -> None:
-        """`max_tokens`: the operator's limit for one answer, None where that is the context alone."""
-        self._worker, self._max_tokens = worker, max_tokens
+    def __init__(self, worker: Worker, max_tokens: int | None, alias: str | None) -> None:
+        """`max_tokens`: the operator's limit for one answer, None where that is the context alone. `alias`: the
+        operator's name for the model, None where that is its own."""
+        self._worker, self._max_tokens, self._alias = worker, max_tokens, alias
         # of their own: a chat template that hangs until it is stopped must not take the threads that others need
         self._renderers = ThreadPoolExecutor(RENDERERS, thread_name_prefix="llorch-chat")
 
@@ -52,9 +53,9 @@ class Completions:
     def model(self, name: str | None = None) -> dict[str, Any]:
         """The model there is. Raises EngineUnavailableError while it loads, ModelNotFoundError for another name."""
         llm = self._worker.ready()
-        _check_model(llm, name)
+        self._check_model(llm, name)
         return {
-            "id": llm.config.name,
+            "id": self._alias or llm.config.name,
             "object": "model",
             "created": llm.loaded_at,
             "owned_by": "llorch",
@@ -68,7 +69,7 @@ class Completions:
         with self._worker.counted():
             llm = self._worker.ready()
             body = parse_chat(raw, self._bounds(llm))
-            _check_model(llm, body.model)
+            self._check_model(llm, body.model)
             return await self._start(llm, body, key, "chatcmpl", 1, lambda: [_chat_prompt(llm, body)], ChatFormat)
 
     async def complete(self, raw: bytes, key: str | None = None) -> Reply:
@@ -76,9 +77,15 @@ class Completions:
         with self._worker.counted():
             llm = self._worker.ready()
             body = parse_completion(raw, self._bounds(llm))
-            _check_model(llm, body.model)
+            self._check_model(llm, body.model)
             prompts = len(body.prompts)
             return await self._start(llm, body, key, "cmpl", prompts, lambda: _prompts(llm, body), CompletionFormat)
+
+    def _check_model(self, llm: LLM, name: str | None) -> None:
+        """The model has the name that its file gives it, those of the file itself, and the operator's."""
+        path, known = Path(llm.model_ref), self._alias or llm.config.name
+        if name is not None and name not in {known, llm.config.name, path.name, path.stem}:
+            raise ModelNotFoundError(f"this worker does not serve {name[:200]!r}: its model is {known!r}")
 
     def _bounds(self, llm: LLM) -> Bounds:
         return Bounds(
@@ -101,7 +108,8 @@ class Completions:
         name, count = f"{prefix}-{uuid.uuid4().hex}", prompts * body.n
         events = Events()
         jobs = [
-            self._worker.open_job(name if count == 1 else f"{name}-{i}", _deliver_to(events, i)) for i in range(count)
+            self._worker.open_job(name if count == 1 else f"{name}-{i}", _deliver_to(events, i), key)
+            for i in range(count)
         ]
         pool = self._renderers if isinstance(body, ChatBody) else None
         found = await self._worker.queue(jobs, lambda: self._submit(body, key, encode(), jobs), pool)
@@ -109,7 +117,7 @@ class Completions:
         head = {
             "id": name,
             "created": int(time.time()),
-            "model": llm.config.name,
+            "model": self._alias or llm.config.name,
             "system_fingerprint": _fingerprint(llm),
         }
         shape = form(head, llm.tokenizer, [len(prompt) for prompt in found])
@@ -135,13 +143,6 @@ class Completions:
             )
             self._worker.engine.submit(request, job.emit)
         return prompts
-
-
-def _check_model(llm: LLM, name: str | None) -> None:
-    """The model has the name that its file gives it, and those of the file itself."""
-    path = Path(llm.model_ref)
-    if name is not None and name not in {llm.config.name, path.name, path.stem}:
-        raise ModelNotFoundError(f"this worker does not serve {name[:200]!r}: its model is {llm.config.name!r}")
 
 
 def _chat_prompt(llm: LLM, body: ChatBody) -> Sequence[int]:
@@ -172,4 +173,5 @@ def _log_accepted(name: str, body: GenerationBody, prompts: Prompts) -> None:
         n=body.n,
         max_tokens=body.max_tokens,
         temperature=body.sampling.temperature,
+        **({"unknown_fields": body.passed_over} if body.passed_over else {}),
     )

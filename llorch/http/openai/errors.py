@@ -11,12 +11,21 @@ from litestar.types import ExceptionHandler, ExceptionHandlersMap
 
 from llorch.errors import ChatTemplateError, ContextOverflowError, LlorchError, RequestError
 from llorch.http.errors import HTTP_CODES, RETRY_AFTER_SECONDS, STATUS, http_message, json_response
+from llorch.http.errors import error_body as native_body
 from llorch.http.fields import BodyError
 
 log = structlog.stdlib.get_logger(__name__)
 
 PREFIX = "/v1"
 MAX_TOLD = 5  # violations in one message
+# the worker contract's rules, which hold a field's bounds, by names that clients can tell apart; others: invalid_value
+CODES = {
+    "json": "invalid_json",
+    "type": "invalid_type",
+    "required": "missing_required_parameter",
+    "unsupported": "unsupported_parameter",
+    **dict.fromkeys(("range", "token", "length", "max_length", "max_count"), "out_of_range"),
+}
 
 
 class ModelNotFoundError(RequestError):
@@ -32,6 +41,13 @@ def is_openai(path: str) -> bool:
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def shaped(path: str, status: int, code: str, message: str, retriable: bool = False) -> dict[str, Any]:
+    """An error's body in the shape that clients of a path expect; `code` is the worker contract's."""
+    if is_openai(path):
+        return error_body(status, message, None, code.lower())
+    return native_body(code, message, retriable)
 
 
 def describe(error: LlorchError, path: str) -> tuple[int, dict[str, Any]]:
@@ -54,7 +70,8 @@ def _violations(error: BodyError) -> dict[str, Any]:
     first, *_ = told = [violation.to_wire() for violation in error.violations[:MAX_TOLD]]
     more = len(error.violations) - len(told)
     message = "; ".join(violation["message"] for violation in told) + (f"; and {more} more" if more else "")
-    return error_body(400, message, None if first["field"] == "body" else first["field"], first["constraint"])
+    code = CODES.get(first["constraint"].partition("(")[0], "invalid_value")
+    return error_body(400, message, None if first["field"] == "body" else first["field"], code)
 
 
 def retry_after(error: LlorchError) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llorch.http.fields import Field, Text, Texts, Violation, is_unicode, kind_of
+from llorch.http.fields import Field, Integer, Text, Texts, Violation, is_unicode, kind_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 10_000
@@ -48,17 +48,37 @@ class Unsupported(Field):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stop(Texts):
-    """One stop string or a list of them."""
+class OrMinusOne(Integer):
+    """An integer for which -1 may be sent as well, as to other engines: off, or without a limit."""
+
+    stands_for: int | None = None  # what -1 does
 
     def check(self, value: Any) -> Iterator[Violation]:
-        yield from super().check([value] if isinstance(value, str) else value)
+        if value != -1:
+            yield from super().check(value)
+
+    def convert(self, value: Any) -> int | None:
+        return self.stands_for if value == -1 else super().convert(value)
+
+    def rules(self) -> dict[str, Any]:
+        return {"anyOf": [super().rules(), {"enum": [-1]}]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop(Texts):
+    """One stop string or a list of them; an empty string is none."""
+
+    def check(self, value: Any) -> Iterator[Violation]:
+        if value != "":
+            yield from super().check([value] if isinstance(value, str) else value)
 
     def convert(self, value: Any) -> tuple[str, ...]:
-        return (value,) if isinstance(value, str) else tuple(value)
+        if isinstance(value, str):
+            return (value,) if value else ()
+        return tuple(value)
 
     def schema(self) -> dict[str, Any]:
-        one = {"type": "string", "minLength": 1, "maxLength": self.max_length}
+        one = {"type": "string", "maxLength": self.max_length}
         description = f"{self.description} Rule: `{self.constraint}`."
         return {"description": description, "oneOf": [one, {"type": "array", **self.rules()}]}
 

@@ -35,10 +35,10 @@ class Reply(ABC):
         self._answers = [Answer() for _ in jobs]
         self._failure: LlorchError | None = None
         self._started = 0.0
-        self._path = ""
+        self._scope: Scope
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._path = scope["path"]
+        self._scope = scope
         watch = asyncio.create_task(self._watch(receive))
         try:
             await self._respond(send)
@@ -108,7 +108,7 @@ class WholeReply(Reply):
             while self._open:
                 await self._next(self._timing.keep_alive)
         except LlorchError as error:
-            status, body = describe(error, self._path)
+            status, body = describe(error, self._scope["path"])
             await send_json(send, status, body, retry_after(error))
             return
         await send_json(send, 200, self._format.whole(self._answers), {})
@@ -124,7 +124,7 @@ class StreamedReply(Reply):
         self._include_usage = include_usage
 
     async def _respond(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
+        await sse.begin(self._scope, send)
         await _send(send, sse.KEEP_ALIVE)
         try:
             while self._open:
@@ -134,7 +134,7 @@ class StreamedReply(Reply):
                 data = b"".join(self._event(chunk) for chunk in chunks)
                 await _send(send, data or sse.KEEP_ALIVE)
         except LlorchError as error:
-            _, body = describe(error, self._path)
+            _, body = describe(error, self._scope["path"])
             await _send(send, sse.data(body))
         else:
             usage = sse.data(self._format.usage(self._answers)) if self._include_usage else b""

@@ -33,13 +33,13 @@ def _read(name: str) -> bytes:
 
 @get("/", include_in_schema=False)
 async def page() -> Response[bytes]:
-    return Response(_read("index.html"), media_type="text/html; charset=utf-8", headers=HEADERS)
+    return Response(_read("index.html"), media_type="text/html", headers=HEADERS)  # Litestar adds the charset to texts
 
 
 def _asset(name: str) -> HTTPRouteHandler:
     @get(f"/page/{name}", include_in_schema=False)
     async def asset() -> Response[bytes]:
-        return Response(_read(name), media_type=f"{ASSETS[name]}; charset=utf-8", headers=HEADERS)
+        return Response(_read(name), media_type=ASSETS[name], headers=HEADERS)
 
     return asset
 

@@ -47,12 +47,18 @@ function sentence(text) {
   return /[.!?]$/.test(capital) ? capital : `${capital}.`;
 }
 
+// A connection that breaks has ended: what to say of an answer that had not is the same.
+function ended(error) {
+  if (error.name === "AbortError") throw error;
+  return { done: true };
+}
+
 // The data of each server-sent event.
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch(ended);
     if (done) return;
     const lines = (rest + value).split("\n");
     rest = lines.pop();

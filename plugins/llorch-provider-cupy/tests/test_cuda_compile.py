@@ -99,7 +99,7 @@ class Starved(Program):
 
     @property
     def source(self) -> str:
-        return super().source.replace("__launch_bounds__(threads, 1)", "__launch_bounds__(1024, 2)")
+        return super().source.replace("__launch_bounds__(threads, resident)", "__launch_bounds__(1024, 2)")
 
 
 def test_a_kernel_that_spills_is_seen(nvrtc: Nvrtc) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulator.provider import INFO, EmulatedProvider
+from emulator.provider import INFO, OTHER, EmulatedProvider
 from emulator.runtime import HostRuntime
 from llorch_provider_cupy.device import CudaDevice
 from llorch_provider_cupy.formats import FORMATS
+from llorch_provider_cupy.pipeline import Pipeline
 
 import llorch
 from llorch.core.config import ModelConfig
@@ -165,8 +166,68 @@ def test_norms_round_for_the_product_behind_them(
             launches.append([name.split()[0] for name in llm.device.runtime.launched])
     np.testing.assert_array_equal(*logits)
     layers = TinyModel().layers
-    # before attn_output and ffn_down; unfused also before q, k, v, before gate and up, and before the logits
-    assert [found.count("round_rows") for found in launches] == [2 * layers, 4 * layers + 1]
+    counts = [{name: found.count(name) for name in ("round_rows", "rope")} for found in launches]
+    # a prompt's attention leaves both to their own kernels
+    alone = layers if tokens > 1 else 0
+    assert counts[0] == {"round_rows": layers + alone, "rope": alone}  # before ffn_down
+    assert counts[1] == {"round_rows": 4 * layers + 1, "rope": layers}
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (4, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("context", [3, 200])
+def test_attention_of_decodes_rotates_and_rounds(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], context: int
+) -> None:
+    """Bit for bit what the kernels of their own give, with one split of the context and with several."""
+    model = TinyModel(type="Q8_0", dim=128, heads=heads[0], kv_heads=heads[1], rope_factors=True, seed=3)
+    path, prompt = write_model(model, tmp_path / "model.gguf"), [1 + i % 250 for i in range(context)]
+    logits, launches = [], []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(CudaDevice, "fuse", lambda _self, entries: entries)
+        with load(path, parallel=2, cache_type="f16") as llm:
+            blocks = [list(range(1, 9)), list(range(9, 17))]
+            for at in range(0, context, 64):
+                part = prompt[at : at + 64]
+                llm.runner.logits([Chunk(part, at, tables, outputs=0) for tables in blocks])
+            llm.device.runtime.launched.clear()
+            steps = [[Chunk([5 + n + i], context + n, tables) for i, tables in enumerate(blocks)] for n in range(3)]
+            logits.append(np.stack([llm.runner.logits(step).copy() for step in steps]))
+            launches.append([name.split()[0] for name in llm.device.runtime.launched])
+    np.testing.assert_array_equal(*logits)
+    assert [("rope" in found, "combine" in found) for found in launches] == [
+        (False, context > 64),
+        (True, context > 64),
+    ]
+    # of each layer the rotation and three roundings (all but the one before ffn_down), and the rounding for the logits
+    assert len(launches[1]) - len(launches[0]) == len(steps) * (4 * model.layers + 1)
+
+
+@pytest.mark.parametrize(("kind", "cards"), [("Q4_0", 1), ("Q4_0", 2), ("Q6_K", 1), ("F16", 1)])
+def test_norms_within_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, cards: int) -> None:
+    """Of steps of one token: the same values but for rounding, in six launches a layer, none of them with a race."""
+    model = TinyModel(type=kind, biases=True, ffn=256, seed=3)
+    path, logits = write_model(model, tmp_path / "model.gguf"), []
+    for joins in (True, False):
+        opened = [CudaDevice(HostRuntime(races=True), info, joins_norms=joins) for info in (INFO, OTHER)[:cards]]
+        monkeypatch.setattr(registry, "choose", lambda _name: (EmulatedProvider(), "the emulated card"))
+        device = opened[0] if cards == 1 else Pipeline(opened, INFO)
+        monkeypatch.setattr(EmulatedProvider, "open", lambda *_args, device=device: device)
+        with llorch.load(path, parallel=1) as llm:
+            runner = llm._bound.runner  # type: ignore[attr-defined]
+            runner.logits([Chunk([1 + i % 250 for i in range(80)], 0, [1, 2, 3], outputs=0)])
+            for card in opened:
+                card.runtime.launched.clear()  # type: ignore[attr-defined]
+            logits.append(np.stack([runner.logits([Chunk([5 + n], 80 + n, [1, 2, 3])]).copy() for n in range(3)]))
+            launched = [name.split()[0] for card in opened for name in card.runtime.launched]  # type: ignore[attr-defined]
+            if joins and cards == 1:
+                layer = ["product_1", "attend_2", "combine", "product_norm", "gate_up_round", "product_norm"]
+                if kind == "F16":  # nothing is rounded
+                    layer[4] = "gate_up_1"
+                at = launched.index("product_norm") - 3
+                assert launched[at : at + 6] == layer
+    assert oracle.nmse(logits[0], logits[1]) < (1e-9 if kind == "F16" else 1e-4)
+    assert not np.array_equal(*logits)
 
 
 def test_only_neighbours_that_share_a_tensor_are_fused(device: CudaDevice) -> None:

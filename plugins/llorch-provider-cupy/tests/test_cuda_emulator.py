@@ -29,14 +29,14 @@ class Written(Program):
         return program("rope").source + f"\nKERNEL(64) kernel(int *out) {{ {self.body} }}\n"
 
 
-def run(body: str, threads: int = 64, size: int = 64) -> list[np.ndarray]:
+def run(body: str, threads: int = 64, size: int = 64, *, blocks: int = 1, races: bool = False) -> list[np.ndarray]:
     """Two launches, which the emulator runs in opposite orders."""
-    card, found = HostRuntime(), []
+    card, found = HostRuntime(races=races), []
     memory = card.allocate(4 * size)
     function = card.function(Written("rope", (), body), "kernel")
     for _ in range(2):
         card.upload(memory.address, np.full(size, -1, np.int32))
-        card.launch(function, (1, 1, 1), threads, (np.uint64(memory.address),))
+        card.launch(function, (blocks, 1, 1), threads, (np.uint64(memory.address),))
         found.append(np.empty(size, np.int32))
         card.download(found[-1], memory.address)
     return found
@@ -76,6 +76,45 @@ def test_shuffles_are_of_a_warp() -> None:
 def test_what_a_kernel_must_not_do_is_an_error(body: str, what: str) -> None:
     with pytest.raises(EmulatorError, match=what):
         run(body)
+
+
+SHARE = "SHARED(int, all, 64); all[threadIdx.x] = threadIdx.x; "
+OWN_SLOT = "out[blockIdx.x * 32 + threadIdx.x]"
+
+
+@pytest.mark.parametrize(
+    ("body", "blocks", "threads"),
+    [
+        (SHARE + "__syncthreads(); out[threadIdx.x] = all[63 - threadIdx.x];", 1, 64),
+        (SHARE + "__syncwarp(); out[threadIdx.x] = all[threadIdx.x ^ 1];", 1, 64),
+        (SHARE + "out[threadIdx.x] = all[threadIdx.x];", 1, 64),
+        (f"{OWN_SLOT} = {OWN_SLOT} + 1;", 2, 32),
+        # each block has shared memory of its own
+        ("SHARED(int, all, 64); all[0] = 1; out[blockIdx.x] = all[0];", 64, 1),
+    ],
+)
+def test_accesses_with_an_order_are_no_race(body: str, blocks: int, threads: int) -> None:
+    run(body, threads, blocks=blocks, races=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "blocks", "what"),
+    [
+        (SHARE + "out[threadIdx.x] = all[threadIdx.x ^ 1];", 1, r"shared memory: thread \d+ of block 0 (reads|writes)"),
+        (SHARE + "__syncwarp(); out[threadIdx.x] = all[threadIdx.x ^ 32];", 1, "shared memory"),
+        # a shuffle orders no memory
+        (SHARE + "__shfl_sync(ALL_LANES, 1, 0); out[threadIdx.x] = all[threadIdx.x ^ 1];", 1, "shared memory"),
+        # what is read may not be overwritten before a barrier
+        (SHARE + "__syncthreads(); const int x = all[threadIdx.x ^ 1]; all[threadIdx.x] = x;", 1, "shared memory"),
+        (SHARE + "__syncthreads(); out[all[threadIdx.x] / 2] = 1;", 1, "global memory: .* writes .* has written"),
+        ("out[threadIdx.x] = 1;", 2, "thread 0 of block . writes what thread 0 of block . has written"),
+        ("if (blockIdx.x) out[0] = 1; else if (out[0] == 7) out[1] = 1;", 2, "global memory"),
+        ("if (threadIdx.x / 32 == blockIdx.x) ((unsigned char *)out)[threadIdx.x % 32] = 1;", 2, "global memory"),
+    ],
+)
+def test_a_race_is_an_error(body: str, blocks: int, what: str) -> None:
+    with pytest.raises(EmulatorError, match=what):
+        run(body, blocks=blocks, races=True)
 
 
 def test_arguments_of_other_sizes_are_an_error() -> None:

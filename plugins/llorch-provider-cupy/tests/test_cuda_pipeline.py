@@ -93,14 +93,14 @@ def test_only_the_residual_stream_is_copied(load: Any, monkeypatch: pytest.Monke
         assert copied == [n * one for n in (3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1)]
 
 
-def test_norms_round_for_the_product_behind_them_on_their_card(load: Any) -> None:
+def test_neighbours_are_joined_on_their_card(load: Any) -> None:
     with load() as llm:
         llm.runner.logits([Chunk([5], 0, [1])])
         for card in llm.device.cards:
             card.runtime.launched.clear()
         llm.runner.logits([Chunk([6], 1, [1])])
         counts = [sum(name.startswith("round_rows") for name in card.runtime.launched) for card in llm.device.cards]
-        assert counts == [4, 4]  # before attn_output and ffn_down, two layers a card
+        assert counts == [2, 2]  # before ffn_down, two layers a card
 
 
 def test_a_model_larger_than_one_card_runs_on_two(load: Any, path: Path) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 from llorch.providers import AttentionSpec, Batch, Kernel
 from llorch_provider_cupy import programs
 from llorch_provider_cupy.device import CudaDevice
-from llorch_provider_cupy.launches import Work, blocks, f32, i32
+from llorch_provider_cupy.formats import UNIT
+from llorch_provider_cupy.joining import Joinable
+from llorch_provider_cupy.launches import Prepared, Work, blocks, f32, i32
 from llorch_provider_cupy.memory import LayerCache, Tensor, padded_dim
+from llorch_provider_cupy.products import MOST_TOKENS, round_rows, rounded_twin
 from llorch_provider_cupy.programs import ATTEND_HEADS
 
 THREADS, WARPS = 128, 4  # as kernels/attention.cu has them
 LARGEST_HEAD = 256
 BLOCKS_PER_MULTIPROCESSOR = 4  # blocks of decode attention that keep one busy
 SHORTEST_SPLIT, MOST_SPLITS = 64, 64
+NOT_ROTATED = 0, i32(0), i32(0), f32(0)
 PROMPT_ROWS, LARGEST_PROMPT_HEAD = 64, 128  # as kernels/prompt.cu has them: more dimensions need too many registers
 
 
@@ -24,8 +29,11 @@ def attention(device: CudaDevice, spec: AttentionSpec) -> Kernel | None:
     return None if spec.head_dim > LARGEST_HEAD else Attention(device, spec)
 
 
-class Attention:
+class Attention(Joinable):
     """No `steps`: which kernels run depends on the batch. What was worked out for one is kept."""
+
+    _turns: Prepared | None = None  # the rotation that it does, or runs first
+    _rounds = False  # its result, for the product behind it
 
     def __init__(self, device: CudaDevice, spec: AttentionSpec) -> None:
         self._device, self._spec = device, spec
@@ -36,6 +44,32 @@ class Attention:
         floats = max(self._partial_floats(tokens) for tokens in range(1, spec.max_sequences + 1))
         device.reserve("attention", 4 * floats * spec.head_dim)
         device.reserve("softmax", 8 * floats)
+
+    # ---- with its neighbours' work ----
+
+    def gives(self, out: Tensor, *_args: Any) -> Tensor | None:
+        """Where units of columns lie within a head."""
+        fits = out.shape[0] <= MOST_TOKENS and self._spec.head_dim % UNIT == 0
+        return out if fits else None
+
+    def changed(self, *, rounds: bool) -> Attention:  # type: ignore[override]
+        return self._variant(_rounds=rounds)
+
+    def after(
+        self, rope: Joinable, _out: Tensor, q: Tensor, k: Tensor, _v: Tensor, _cache: LayerCache, batch: Batch
+    ) -> Attention | None:
+        if not isinstance(rope, Prepared):
+            return None
+        *rotated, positions = rope.args  # those of this step, where the batch has those of the largest
+        same = rotated == [q, k] and positions.address == _address(batch.positions)
+        return self._variant(_turns=rope) if same else None
+
+    def _variant(self, **changes: Any) -> Attention:
+        found = copy.copy(self)
+        vars(found).update(changes, _kept={})
+        return found
+
+    # ---- what a step runs ----
 
     def _partial_floats(self, tokens: int) -> int:
         splits, _ = self.splits(tokens, self._limit)
@@ -86,18 +120,20 @@ class Attention:
         partial, softmax = device.scratch("attention").address, device.scratch("softmax").address
         inputs = (batch.slots, batch.positions, batch.sequence_ids, batch.block_tables)
         pointers = [_address(t) for t in (q, k, v)] + [cache.keys.address, cache.values.address]
+        results = (out.address, *(rounded_twin(device) if self._rounds else (0, 0)))
+        rope = None if self._turns is None else self._turns.rope
         works = [
             self._function(f"attend_{self._heads_here}").work(
                 (splits, spec.kv_heads * groups, tokens),
-                *(out.address, partial, softmax, *pointers, *map(_address, inputs)),
+                *(*results, partial, softmax, *pointers, *map(_address, inputs)),
+                *(NOT_ROTATED if rope is None else device.rotation(rope)),
                 *map(i32, (spec.heads, spec.kv_heads, spec.block_size, spec.max_blocks, length)),
                 *self._numbers(),
             )
         ]
         if splits > 1:
             combine = self._function("combine")
-            numbers = i32(spec.heads), i32(splits)
-            works.append(combine.work((spec.heads, tokens), out.address, partial, softmax, *numbers))
+            works.append(combine.work((spec.heads, tokens), *results, partial, softmax, i32(spec.heads), i32(splits)))
         return works
 
     def _rows(
@@ -120,7 +156,9 @@ class Attention:
             *map(i32, (tokens, spec.heads, spec.kv_heads, spec.block_size, spec.max_blocks)),
             *self._numbers(),
         )
-        return [append, attend]
+        before = () if self._turns is None else self._turns.works
+        after = round_rows(self._device, out) if self._rounds else ()
+        return [*before, append, attend, *after]
 
 
 def _address(tensor: Any) -> int:

@@ -9,10 +9,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llorch.providers import CacheSpec, DeviceInfo, DeviceMemoryError, HostWeight, MemoryInfo, MemoryNeed, OpSpec
+from llorch.providers import (
+    CacheSpec,
+    DeviceInfo,
+    DeviceMemoryError,
+    HostWeight,
+    MemoryInfo,
+    MemoryNeed,
+    OpSpec,
+    RopeSpec,
+)
 from llorch_provider_cupy import programs
 from llorch_provider_cupy.formats import FORMATS, LARGEST_HALF, UNIT
-from llorch_provider_cupy.launches import FLAT_THREADS, Function, Work, blocks, fuse, i32
+from llorch_provider_cupy.joining import fuse
+from llorch_provider_cupy.launches import FLAT_THREADS, Function, Work, blocks, f32, i32
 from llorch_provider_cupy.memory import (
     Inputs,
     KVCache,
@@ -44,11 +54,18 @@ class CudaDevice:
     capture_sizes = CAPTURE_SIZES
 
     def __init__(
-        self, runtime: Runtime, info: DeviceInfo, *, halves: bool = False, prompts_on_tensor_cores: bool = False
+        self,
+        runtime: Runtime,
+        info: DeviceInfo,
+        *,
+        halves: bool = False,
+        prompts_on_tensor_cores: bool = False,
+        joins_norms: bool = False,
     ) -> None:
-        """`halves`: weights of products are kept as halves too, for products of many tokens."""
+        """`halves`: weights of products are kept as halves too, for products of many tokens. `joins_norms`: in steps
+        of one token, norms and the rounding behind gate and up are done by the products before them."""
         self.runtime, self.info, self._halves = runtime, info, halves
-        self.prompts_on_tensor_cores = prompts_on_tensor_cores
+        self.prompts_on_tensor_cores, self.joins_norms = prompts_on_tensor_cores, joins_norms
         self.properties = runtime.properties
         self._memory = Memory(runtime)
         self._functions: dict[tuple[Program, str], Function] = {}
@@ -75,12 +92,15 @@ class CudaDevice:
     def scratches(self) -> tuple[Allocation, ...]:
         return tuple(self._scratch.values())
 
-    def turns(self, frequencies: tuple[float, ...]) -> Allocation:
-        """RoPE frequencies in whole turns a position, one piece of memory for all sites that share them."""
+    def rotation(self, spec: RopeSpec) -> tuple[int | np.generic, ...]:
+        """A rotation as kernels take it: frequencies in whole turns a position, how many, whether pairs are halves of
+        a head, and the magnitude. Sites with the same frequencies share their memory."""
+        frequencies = spec.frequencies
         if frequencies not in self._turns:
             turns = np.array(frequencies, np.float64) / (2 * np.pi)
             self._turns[frequencies] = self._filled(turns, "RoPE frequencies")
-        return self._turns[frequencies]
+        turns_at = self._turns[frequencies].address
+        return turns_at, i32(len(frequencies)), i32(spec.pairing == "half"), f32(spec.magnitude)
 
     def expand(self, weight: Weight, kind: Plain, target: int, first: int, count: int) -> list[Work]:
         """Writes rows `first` .. first + count - 1 of a matrix as plain values, of whole units of columns a row."""
@@ -229,7 +249,8 @@ class CudaDevice:
         return self.runtime.record(run)
 
     def fuse(self, entries: Sequence[Any]) -> Sequence[Any]:
-        return fuse(entries)
+        joined = fuse(entries, norms=self.joins_norms)
+        return [entries[place]._replace(kernel=kernel) for place, kernel in joined.items()]
 
     def memory(self) -> MemoryInfo:
         total, free = self.runtime.memory()

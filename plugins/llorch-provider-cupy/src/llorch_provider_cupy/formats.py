@@ -1,7 +1,8 @@
 """How weights lie on the device: sections, each [rows][...], quants in front of scales (kernels/weights.cuh).
 
 The bits of a value are those of the file: no scale is rounded. Rows of plain types are padded with zeros to whole units
-of 32 columns. Quants of 4 to 6 bits lie 16 bytes to a unit, so that a thread takes a unit in one load.
+of 32 columns. Quants lie 16 bytes to a unit (of Q8_0 in two sections), so that neighbouring threads load neighbouring
+bytes.
 
 Block formats: ggml's `ggml-common.h` and `ggml-quants.c`.
 """
@@ -89,7 +90,7 @@ def _pack_q4_0(raw: Bytes) -> tuple[Bytes, ...]:
 
 def _pack_q8_0(raw: Bytes) -> tuple[Bytes, ...]:
     """34 bytes: d, 32 signed bytes."""
-    return _rows(raw[..., 2:]), _rows(raw[..., :2])
+    return _rows(raw[..., 2:18]), _rows(raw[..., 18:]), _rows(raw[..., :2])
 
 
 def _k_scales(packed: Bytes) -> Bytes:
@@ -153,7 +154,7 @@ FORMATS = {
         Format("F32", 1, 4, (1024,), _plain, lambda raw: float(np.abs(raw.view(np.float32)).max(initial=0))),
         Format("F16", 1, 2, (512,), _plain, lambda raw: _halves(raw, 0)),
         Format("BF16", 1, 2, (512,), _plain, lambda raw: float("inf")),
-        Format("Q8_0", 32, 34, (256, 16), _pack_q8_0, lambda raw: 128 * _halves(raw, 0)),
+        Format("Q8_0", 32, 34, (128, 128, 16), _pack_q8_0, lambda raw: 128 * _halves(raw, 0)),
         Format("Q4_0", 32, 18, (128, 16), _pack_q4_0, lambda raw: 8 * _halves(raw, 0)),
         Format("Q4_K", 256, 144, (128, 16, 4), _pack_q4_k, lambda raw: 63 * (15 * _halves(raw, 0) + _halves(raw, 2))),
         Format(

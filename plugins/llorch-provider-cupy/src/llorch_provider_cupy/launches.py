@@ -7,14 +7,14 @@ A site says, for the tensors of a call, what is to be enqueued (`works`). Called
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from llorch.providers import OpSpec, Step
+from llorch.providers import OpSpec, RMSNormSpec, RopeSpec, Step
+from llorch_provider_cupy.joining import Joinable
 from llorch_provider_cupy.programs import Program
 
 if TYPE_CHECKING:
@@ -26,24 +26,25 @@ Work: TypeAlias = Callable[[], None]
 FLAT_THREADS, ROW_THREADS = 256, 512  # as kernels/rows.cu has them
 
 
-class Site:
-    """A kernel of the contract.
+@dataclass(frozen=True)
+class Shares:
+    """What a site can share with its neighbours, as `Joinable` has it: of the arguments of the contract's kernel."""
 
-    `gives(*args)`: the tensor that it can round for a product as well as write; `takes(*args)`: the one that it rounds
-    first, None where it rounds none. Such a site's works take `rounded=True`, and do (or leave out) the rounding.
-    """
+    gives: Callable[..., Tensor | None] | None = None
+    takes: Callable[..., Tensor | None] | None = None
+    adds: Callable[..., Tensor | None] | None = None
+    divides: Callable[..., Tensor | None] | None = None
+    rope: RopeSpec | None = None
+    norm: RMSNormSpec | None = None
+
+
+class Site:
+    """A kernel of the contract. Its works take the changes that what it shares brings."""
 
     def __init__(
-        self,
-        device: CudaDevice,
-        spec: OpSpec,
-        works: Callable[..., Sequence[Work]],
-        *,
-        gives: Callable[..., Tensor | None] | None = None,
-        takes: Callable[..., Tensor | None] | None = None,
+        self, device: CudaDevice, spec: OpSpec, works: Callable[..., Sequence[Work]], shares: Shares | None = None
     ) -> None:
-        self._device, self._spec, self._works = device, spec, works
-        self.gives, self.takes = gives, takes
+        self._device, self._spec, self._works, self.shares = device, spec, works, shares or Shares()
 
     def __call__(self, *args: Any) -> None:
         for work in self._works(*args):
@@ -51,19 +52,20 @@ class Site:
 
     def steps(self, *args: Any) -> Sequence[Step]:
         """The work prepared, as one step that carries the site's spec: what it writes is there after it."""
-        return [Step(self.prepared(args), (), self._spec)]
+        return [Step(self.prepared(args, {}), (), self._spec)]
 
-    def prepared(self, args: tuple[Any, ...], **variant: bool) -> Prepared:
-        works = tuple(self._works(*args, **variant))
-        return Prepared(self, args, works, self._device.scratches())
+    def prepared(self, args: tuple[Any, ...], changes: Mapping[str, Any]) -> Prepared:
+        works = tuple(self._works(*args, **changes))
+        return Prepared(self, args, changes, works, self._device.scratches())
 
 
-@dataclass(frozen=True)
-class Prepared:
+@dataclass(frozen=True, eq=False)
+class Prepared(Joinable):
     """The work of a site for the tensors of a plan. Addresses do not keep memory alive, so it does."""
 
     site: Site
     args: tuple[Any, ...]
+    changes: Mapping[str, Any]
     works: tuple[Work, ...]
     scratches: tuple[Any, ...]
 
@@ -72,25 +74,31 @@ class Prepared:
             work()
 
     @property
-    def gives(self) -> Tensor | None:
-        return None if self.site.gives is None else self.site.gives(*self.args)
+    def rope(self) -> RopeSpec | None:  # type: ignore[override]
+        return self.site.shares.rope
 
     @property
-    def takes(self) -> Tensor | None:
-        return None if self.site.takes is None else self.site.takes(*self.args)
+    def norm(self) -> RMSNormSpec | None:  # type: ignore[override]
+        return self.site.shares.norm
 
-    def rounded(self) -> Prepared:
-        return self.site.prepared(self.args, rounded=True)
+    def gives(self, *_args: Any) -> Tensor | None:
+        return self._shared("gives")
 
+    def takes(self, *_args: Any) -> Tensor | None:
+        return None if "normed" in self.changes else self._shared("takes")
 
-def fuse(entries: Sequence[Any]) -> list[Any]:
-    """A plan whose norms round what the product right behind them takes: nothing comes between the two."""
-    found = list(entries)
-    for i, (first, second) in enumerate(itertools.pairwise(entries)):
-        a, b = first.kernel, second.kernel
-        if isinstance(a, Prepared) and isinstance(b, Prepared) and a.gives is not None and a.gives == b.takes:
-            found[i], found[i + 1] = first._replace(kernel=a.rounded()), second._replace(kernel=b.rounded())
-    return found
+    def adds(self, *_args: Any) -> Tensor | None:
+        return None if "normed" in self.changes else self._shared("adds")
+
+    def divides(self, *_args: Any) -> Tensor | None:
+        return None if "into" in self.changes else self._shared("divides")
+
+    def _shared(self, what: str) -> Tensor | None:
+        say: Callable[..., Tensor | None] | None = getattr(self.site.shares, what)
+        return None if say is None else say(*self.args)
+
+    def changed(self, **changes: Any) -> Prepared:
+        return self.site.prepared(self.args, {**self.changes, **changes})
 
 
 class Function:

@@ -28,7 +28,7 @@ from llorch.providers import (
 from llorch_provider_cupy import attention, products, programs
 from llorch_provider_cupy.device import CudaDevice, padded_columns
 from llorch_provider_cupy.formats import UNIT
-from llorch_provider_cupy.launches import FLAT_THREADS, ROW_THREADS, Function, Site, Work, blocks, f32, i32, u64
+from llorch_provider_cupy.launches import FLAT_THREADS, ROW_THREADS, Function, Shares, Site, Work, blocks, f32, i32, u64
 from llorch_provider_cupy.memory import Tensor, Weight
 
 ROPE_THREADS, HEADS_PER_BLOCK = 64, 4  # as kernels/rope.cu has them
@@ -51,17 +51,17 @@ class CudaOps:
 
     @hookimpl
     def rmsnorm(self, device: CudaDevice, spec: RMSNormSpec) -> Kernel:
-        def works(out: Tensor, x: Tensor, weight: Weight, *, rounded: bool = False) -> Sequence[Work]:
-            return (_rmsnorm(device, spec, out, x, None, weight, rounded),)
+        def works(out: Tensor, x: Tensor, weight: Weight, *, rounds: bool = False) -> Sequence[Work]:
+            return (_rmsnorm(device, spec, out, x, None, weight, rounds),)
 
-        return Site(device, spec, works, gives=_few_rows)
+        return Site(device, spec, works, Shares(gives=_few_rows))
 
     @hookimpl
     def add_rmsnorm(self, device: CudaDevice, spec: AddRMSNormSpec) -> Kernel:
-        def works(out: Tensor, x: Tensor, y: Tensor, weight: Weight, *, rounded: bool = False) -> Sequence[Work]:
-            return (_rmsnorm(device, spec.norm, out, x, y, weight, rounded),)
+        def works(out: Tensor, x: Tensor, y: Tensor, weight: Weight, *, rounds: bool = False) -> Sequence[Work]:
+            return (_rmsnorm(device, spec.norm, out, x, y, weight, rounds),)
 
-        return Site(device, spec, works, gives=_few_rows)
+        return Site(device, spec, works, Shares(gives=_few_rows, norm=spec.norm))
 
     @hookimpl
     def matmul(self, device: CudaDevice, spec: MatmulSpec) -> Kernel:
@@ -85,7 +85,11 @@ class CudaOps:
         q, k = spec.q, spec.k
         if (q.head_dim, q.pairing, q.frequencies, q.magnitude) != (k.head_dim, k.pairing, k.frequencies, k.magnitude):
             return None
-        return Site(device, spec, lambda x, y, positions: (_rope(device, q, x, y, k.heads, positions),))
+
+        def works(x: Tensor, y: Tensor, positions: Tensor) -> Sequence[Work]:
+            return (_rope(device, q, x, y, k.heads, positions),)
+
+        return Site(device, spec, works, Shares(rope=q))
 
     @hookimpl
     def attention(self, device: CudaDevice, spec: AttentionSpec) -> Kernel | None:
@@ -127,9 +131,9 @@ def _few_rows(out: Tensor, *_args: Any) -> Tensor | None:
 
 
 def _rmsnorm(
-    device: CudaDevice, spec: RMSNormSpec, out: Tensor, x: Tensor, y: Tensor | None, weight: Weight, rounded: bool
+    device: CudaDevice, spec: RMSNormSpec, out: Tensor, x: Tensor, y: Tensor | None, weight: Weight, rounds: bool
 ) -> Work:
-    twin = products.rounded_twin(device) if rounded else (0, 0)
+    twin = products.rounded_twin(device) if rounds else (0, 0)
     pointers = (out.address, x.address, 0 if y is None else y.address, weight.address, *twin)
     launch = _row_function(device, "rmsnorm", ROW_THREADS)
     return launch.work((out.shape[0],), *pointers, i32(spec.dim), f32(spec.eps))
@@ -147,11 +151,10 @@ def _elementwise(device: CudaDevice, spec: OpSpec, name: str) -> Kernel:
 
 def _rope(device: CudaDevice, spec: RopeSpec, q: Tensor, k: Tensor | None, k_heads: int, positions: Tensor) -> Work:
     launch = device.function(programs.program("rope"), "rope", ROPE_THREADS)
-    pairs, turns = len(spec.frequencies), device.turns(spec.frequencies)
-    grid = (blocks(pairs, ROPE_THREADS), blocks(spec.heads + k_heads, HEADS_PER_BLOCK), q.shape[0])
-    numbers = (pairs, spec.heads, k_heads, spec.head_dim, int(spec.pairing == "half"))
-    pointers = (q.address, 0 if k is None else k.address, positions.address, turns.address)
-    return launch.work(grid, *pointers, *map(i32, numbers), f32(spec.magnitude))
+    grid = (blocks(len(spec.frequencies), ROPE_THREADS), blocks(spec.heads + k_heads, HEADS_PER_BLOCK), q.shape[0])
+    pointers = (q.address, 0 if k is None else k.address, positions.address)
+    heads = (i32(spec.heads), i32(k_heads), i32(spec.head_dim))
+    return launch.work(grid, *pointers, *device.rotation(spec), *heads)
 
 
 def _argmax(device: CudaDevice, spec: TopkSpec) -> Kernel:

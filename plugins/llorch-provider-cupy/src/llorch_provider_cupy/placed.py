@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llorch.providers import OPTIONAL, REQUIRED, Batch, Kernel, OpSpec, Step, hookimpl
-from llorch_provider_cupy import launches
+from llorch_provider_cupy import joining
 from llorch_provider_cupy.device import CudaDevice
 from llorch_provider_cupy.operations import CudaOps
 from llorch_provider_cupy.spread import Tensor
@@ -40,6 +40,10 @@ class Placed:
         self._pipeline, self._spec, self._kernel, self.card = pipeline, spec, kernel, pipeline.card_of(spec)
         self._writes = [index for _, index in spec.outputs]
         self._skips = set(self._writes) - set(READ_TOO.get(operation, ()))
+
+    @property
+    def joins_norms(self) -> bool:
+        return self._pipeline.cards[self.card].joins_norms
 
     def __call__(self, *args: Any) -> None:
         here = [self._here(arg) for arg in args]
@@ -86,11 +90,16 @@ def fuse(entries: Sequence[Any]) -> list[Any]:
     for card, group in itertools.groupby(entries, lambda entry: getattr(entry.kernel, "card", None)):
         together = list(group)
         if card is not None:
-            joined = launches.fuse([entry.kernel.own for entry in together])
-            kernels = [replace(entry.kernel, own=own) for entry, own in zip(together, joined, strict=True)]
-            together = [entry._replace(kernel=kernel) for entry, kernel in zip(together, kernels, strict=True)]
+            own = [entry.kernel.own for entry in together]
+            joined = joining.fuse(own, norms=together[0].kernel.placed.joins_norms)
+            together = [_with(together[place], kernel) for place, kernel in joined.items()]
         found += together
     return found
+
+
+def _with(entry: Any, kernel: Any) -> Any:
+    placed = entry.kernel
+    return entry._replace(kernel=replace(placed, own=placed.own._replace(kernel=kernel)))
 
 
 class Operations:

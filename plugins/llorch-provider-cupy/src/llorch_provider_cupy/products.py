@@ -13,17 +13,18 @@ from llorch.providers import GateUpSwigluSpec, Kernel, MatmulGroupSpec, MatmulSp
 from llorch_provider_cupy import programs
 from llorch_provider_cupy.device import NATIVE, CudaDevice, padded_columns
 from llorch_provider_cupy.formats import UNIT
-from llorch_provider_cupy.launches import FLAT_THREADS, ROW_THREADS, Site, Work, blocks, i32
+from llorch_provider_cupy.launches import FLAT_THREADS, ROW_THREADS, Shares, Site, Work, blocks, f32, i32
 from llorch_provider_cupy.memory import Tensor, Weight
 from llorch_provider_cupy.programs import PRODUCT_TOKENS
 from llorch_provider_cupy.runtime import PLAIN_BYTES, Gemm, Plain
 
 MOST_TOKENS = PRODUCT_TOKENS[-1]  # more go to cuBLAS
-ROWS_PER_WARP = {1: 1, 2: 2, 4: 2, 8: 2}  # as kernels/products.cu has them
-PRODUCT_THREADS, PRODUCT_WARPS = 128, 4
+PRODUCT_THREADS, PRODUCT_WARPS = 128, 4  # as kernels/products.cu has them
 PARTS = 3  # products of a launch
 SLAB_BYTES = 128 << 20  # of a weight's values at once, beside the weight itself
 ROUNDED_BYTES = 16  # of a unit's scale and sums
+UNIT_THREADS = 32 * UNIT  # of kernels whose blocks make the rows of a unit
+NEXT = "next numbers", "next rounded", "next squares"
 
 
 def _address(weight: Weight | None) -> int:
@@ -33,6 +34,21 @@ def _address(weight: Weight | None) -> int:
 def rounded_twin(device: CudaDevice) -> tuple[int, int]:
     """Where the rounded activations of the next product lie: numbers, and each unit's scale and sums."""
     return device.scratch("numbers").address, device.scratch("rounded").address
+
+
+def next_twin(device: CudaDevice) -> tuple[int, int, int]:
+    """Another, for a product that writes it while it reads the first; and the sums of squares that divide it."""
+    numbers, rounded, squares = (device.scratch(name).address for name in NEXT)
+    return numbers, rounded, squares
+
+
+def round_rows(device: CudaDevice, x: Tensor) -> list[Work]:
+    """x rounded, where `rounded_twin` says."""
+    tokens, cols = x.shape
+    units = padded_columns(cols) // UNIT
+    launch = device.function(programs.program("rows"), "round_rows", FLAT_THREADS)
+    grid = (blocks(units, FLAT_THREADS // 32), tokens)
+    return [launch.work(grid, *rounded_twin(device), x.address, i32(cols), i32(units))]
 
 
 class Products:
@@ -47,6 +63,9 @@ class Products:
         if not self._plain:
             device.reserve("numbers", MOST_TOKENS * self._units * UNIT)
             device.reserve("rounded", MOST_TOKENS * self._units * ROUNDED_BYTES)
+        if device.joins_norms:
+            for name, nbytes in zip(NEXT, (UNIT, ROUNDED_BYTES, 4), strict=True):
+                device.reserve(name, nbytes * blocks(spec.rows, UNIT))
         if tokens > MOST_TOKENS:
             device.reserve("x", tokens * rows * 2)
             device.reserve("x scales", 4 * tokens)
@@ -56,43 +75,75 @@ class Products:
 
     def prepare(self, x: Tensor) -> list[Work]:
         """Rounds x for products of quantised weights."""
-        if self._plain:
-            return []
-        tokens, cols = x.shape
-        launch = self._device.function(programs.program("rows"), "round_rows", FLAT_THREADS)
-        grid = (blocks(self._units, FLAT_THREADS // 32), tokens)
-        return [launch.work(grid, *rounded_twin(self._device), x.address, i32(cols), i32(self._units))]
+        return [] if self._plain else round_rows(self._device, x)
 
     def takes(self, x: Tensor) -> Tensor | None:
         """x where it is rounded before this product."""
         return None if self._plain or x.shape[0] > MOST_TOKENS else x
 
-    def few(self, x: Tensor, parts: Sequence[tuple[Tensor, Weight, Weight | None]]) -> list[Work]:
+    def joins(self, out: Tensor) -> bool:
+        """Whether blocks may make whole units of one token's rows."""
+        return self._device.joins_norms and out.shape[0] == 1 and self._spec.rows % UNIT == 0
+
+    def divides(self, x: Tensor) -> Tensor | None:
+        """x where it may come before a norm's division."""
+        return x if self._device.joins_norms and x.shape[0] == 1 and self._spec.cols % UNIT == 0 else None
+
+    def few(
+        self, x: Tensor, parts: Sequence[tuple[Tensor, Weight, Weight | None]], normed: float | None = None
+    ) -> list[Work]:
         """Products of up to PARTS weights in one launch."""
         tokens = x.shape[0]
         variant = next(t for t in PRODUCT_TOKENS if t >= tokens)
-        each = PRODUCT_WARPS * ROWS_PER_WARP[variant]
         launch = self._device.function(self._program, f"product_{variant}", PRODUCT_THREADS)
-        grid = sum(blocks(w.shape[0], each) for _, w, _ in parts)
+        grid = sum(blocks(w.shape[0], self._rows_per_block(variant)) for _, w, _ in parts)
         arguments: list[Any] = []
         for out, w, bias in parts:
             arguments += [out.address, w.address, _address(bias), i32(w.shape[0])]
         arguments += [0, 0, 0, i32(0)] * (PARTS - len(parts))
-        return [launch.work((grid,), *self._x(x), *arguments)]
+        x_arguments = (*self._x(x, normed), *self._norm(normed), i32(tokens), *self._columns)
+        return [launch.work((grid,), *x_arguments, *arguments)]
+
+    def few_normed(
+        self, x: Tensor, part: tuple[Tensor, Weight, Weight | None], into: tuple[Any, Any, Any]
+    ) -> list[Work]:
+        """One token's product, added to the residual stream, and the sum times a norm's weight, not yet divided."""
+        (out, w, bias), (stream, weight, normed) = part, into
+        launch = self._device.function(self._program, "product_norm", UNIT_THREADS)
+        pointers = (out.address, w.address, _address(bias), stream.address, weight.address, normed.address)
+        grid = (self._spec.rows // UNIT,)
+        return [launch.work(grid, *self._x(x), *self._columns, *pointers, *next_twin(self._device))]
 
     def few_gated(
-        self, out: Tensor, x: Tensor, gate: Weight, up: Weight, bias_gate: Weight | None, bias_up: Weight | None
+        self, out: Tensor, x: Tensor, weights: Sequence[Weight | None], normed: float | None, *, rounds: bool
     ) -> list[Work]:
-        tokens, rows = x.shape[0], gate.shape[0]
-        variant = next(t for t in PRODUCT_TOKENS if t >= tokens)
+        """`weights`: of gate and up, then their biases."""
+        tokens, rows, variant = x.shape[0], self._spec.rows, next(t for t in PRODUCT_TOKENS if t >= x.shape[0])
+        pointers = (out.address, *map(_address, weights))
+        before = (*self._x(x, normed), *self._norm(normed))
+        if rounds:
+            launch = self._device.function(self._program, "gate_up_round", UNIT_THREADS)
+            return [launch.work((rows // UNIT,), *before, *self._columns, *pointers, *rounded_twin(self._device))]
         launch = self._device.function(self._program, f"gate_up_{variant}", PRODUCT_THREADS)
-        grid = (blocks(rows, PRODUCT_WARPS * ROWS_PER_WARP[variant]),)
-        pointers = (out.address, gate.address, up.address, _address(bias_gate), _address(bias_up))
-        return [launch.work(grid, *self._x(x), *pointers, i32(rows))]
+        grid = (blocks(rows, self._rows_per_block(variant)),)
+        return [launch.work(grid, *before, i32(tokens), *self._columns, *pointers, i32(rows))]
 
-    def _x(self, x: Tensor) -> tuple[Any, ...]:
-        pointers = (x.address,) if self._plain else rounded_twin(self._device)
-        return (*pointers, i32(x.shape[0]), i32(self._spec.cols), i32(self._units))
+    def _rows_per_block(self, variant: int) -> int:
+        """As kernels/products.cu has them."""
+        return PRODUCT_WARPS * (1 if variant == 1 and not self._plain else 2)
+
+    @property
+    def _columns(self) -> tuple[Any, Any]:
+        return i32(self._spec.cols), i32(self._units)
+
+    def _x(self, x: Tensor, normed: float | None = None) -> tuple[int, ...]:
+        if self._plain:
+            return (x.address,)
+        return rounded_twin(self._device) if normed is None else next_twin(self._device)[:2]
+
+    def _norm(self, normed: float | None) -> tuple[Any, Any]:
+        """The division that is left to do, with the eps of its norm."""
+        return (0, f32(0)) if normed is None else (next_twin(self._device)[2], f32(normed))
 
     # ---- many tokens ----
 
@@ -142,12 +193,22 @@ class Products:
 def matmul(device: CudaDevice, spec: MatmulSpec) -> Kernel:
     product = Products(device, spec)
 
-    def works(out: Tensor, x: Tensor, w: Weight, bias: Weight | None, *, rounded: bool = False) -> list[Work]:
-        if x.shape[0] <= MOST_TOKENS:
-            return ([] if rounded else product.prepare(x)) + product.few(x, [(out, w, bias)])
-        return product.convert(x, w.kind) + product.many(out.address, x, w) + product.finish(out, w.kind, bias)
+    def works(
+        out: Tensor, x: Tensor, w: Weight, bias: Weight | None, *,
+        rounded: bool = False, normed: float | None = None, into: tuple[Any, Any, Any] | None = None,
+    ) -> list[Work]:  # fmt: skip
+        if x.shape[0] > MOST_TOKENS:
+            return product.convert(x, w.kind) + product.many(out.address, x, w) + product.finish(out, w.kind, bias)
+        before = [] if rounded or normed is not None else product.prepare(x)
+        if into is not None:
+            return before + product.few_normed(x, (out, w, bias), into)
+        return before + product.few(x, [(out, w, bias)], normed)
 
-    return Site(device, spec, works, takes=lambda _out, x, *_weights: product.takes(x))
+    def adds(out: Tensor, *_args: Any) -> Tensor | None:
+        return out if product.joins(out) else None
+
+    takes, divides = (lambda _out, x, *_weights, say=say: say(x) for say in (product.takes, product.divides))
+    return Site(device, spec, works, Shares(takes=takes, adds=adds, divides=divides))
 
 
 def matmul_group(device: CudaDevice, spec: MatmulGroupSpec) -> Kernel:
@@ -155,20 +216,28 @@ def matmul_group(device: CudaDevice, spec: MatmulGroupSpec) -> Kernel:
     products = {part.type: Products(device, part) for part in spec.parts}
     n = len(spec.parts)
 
-    def works(*args: Any, rounded: bool = False) -> list[Work]:
+    def works(*args: Any, rounded: bool = False, normed: float | None = None) -> list[Work]:
         outs, x, weights, biases = args[:n], args[n], args[n + 1 : 2 * n + 1], args[2 * n + 1 :]
         parts = list(zip(outs, weights, biases, strict=True))
-        few = x.shape[0] <= MOST_TOKENS
-        return _few_parts(products, x, parts, rounded) if few else _many_parts(products, x, parts)
+        if x.shape[0] > MOST_TOKENS:
+            return _many_parts(products, x, parts)
+        return _few_parts(products, x, parts, rounded or normed is not None, normed)
 
     def takes(*args: Any) -> Tensor | None:
         return next((x for product in products.values() if (x := product.takes(args[n])) is not None), None)
 
-    return Site(device, spec, works, takes=takes)
+    def divides(*args: Any) -> Tensor | None:
+        return next(iter(products.values())).divides(args[n])
+
+    return Site(device, spec, works, Shares(takes=takes, divides=divides))
 
 
 def _few_parts(
-    products: dict[str, Products], x: Tensor, parts: Sequence[tuple[Tensor, Weight, Weight | None]], rounded: bool
+    products: dict[str, Products],
+    x: Tensor,
+    parts: Sequence[tuple[Tensor, Weight, Weight | None]],
+    rounded: bool,
+    normed: float | None,
 ) -> list[Work]:
     works: list[Work] = []
     for kind, product in products.items():
@@ -177,7 +246,7 @@ def _few_parts(
             works += product.prepare(x)
             rounded = True
         for first in range(0, len(same), PARTS):
-            works += product.few(x, same[first : first + PARTS])
+            works += product.few(x, same[first : first + PARTS], normed)
     return works
 
 
@@ -213,13 +282,19 @@ def gate_up_swiglu(device: CudaDevice, spec: GateUpSwigluSpec) -> Kernel | None:
         bias_up: Weight | None,
         *,
         rounded: bool = False,
+        normed: float | None = None,
+        rounds: bool = False,
     ) -> list[Work]:
-        if x.shape[0] <= MOST_TOKENS:
-            before = [] if rounded else product.prepare(x)
-            return before + product.few_gated(out, x, gate, up, bias_gate, bias_up)
-        return _many_gated(device, product, out, x, (gate, up), (bias_gate, bias_up))
+        if x.shape[0] > MOST_TOKENS:
+            return _many_gated(device, product, out, x, (gate, up), (bias_gate, bias_up))
+        before = [] if rounded or normed is not None else product.prepare(x)
+        return before + product.few_gated(out, x, (gate, up, bias_gate, bias_up), normed, rounds=rounds)
 
-    return Site(device, spec, works, takes=lambda _out, x, *_weights: product.takes(x))
+    def gives(out: Tensor, *_args: Any) -> Tensor | None:
+        return out if product.joins(out) else None
+
+    takes, divides = (lambda _out, x, *_weights, say=say: say(x) for say in (product.takes, product.divides))
+    return Site(device, spec, works, Shares(gives=gives, takes=takes, divides=divides))
 
 
 def _many_gated(

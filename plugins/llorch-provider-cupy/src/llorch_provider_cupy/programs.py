@@ -24,7 +24,7 @@ _FILES = {
 _ROWS = ("rmsnorm", "round_rows", "add", "swiglu", "gather", "to_halves", "to_brains", "finish", "finish_gated")
 _PRODUCTS = (
     *(f"{name}_{tokens}" for name in ("product", "gate_up") for tokens in PRODUCT_TOKENS),
-    *("embed", "to_floats", "to_half_values"),
+    *("product_norm", "gate_up_round", "embed", "to_floats", "to_half_values"),
 )
 _KERNELS = {
     "rows": _ROWS,

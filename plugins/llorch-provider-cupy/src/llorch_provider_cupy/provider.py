@@ -9,7 +9,8 @@ from typing import Any
 from llorch.providers import API_VERSION, DeviceInfo, DeviceOptions, ProviderUnavailableError
 from llorch_provider_cupy.probe import probe_devices
 
-TENSOR_CORES = "LLORCH_CUPY_PROMPTS_ON_TENSOR_CORES"  # set: the kernel of kernels/prompt.cu, off until it is measured
+# off until they are measured: the kernel of kernels/prompt.cu; norms within products
+TENSOR_CORES, NORMS = "LLORCH_CUPY_PROMPTS_ON_TENSOR_CORES", "LLORCH_CUPY_JOIN_NORMS"
 
 
 class CudaProvider:
@@ -41,12 +42,16 @@ class CudaProvider:
         from llorch_provider_cupy.pipeline import Pipeline
 
         options = options or DeviceOptions()
+        settings = {
+            "halves": options.prefill_weights == "half",
+            "prompts_on_tensor_cores": bool(os.environ.get(TENSOR_CORES)),
+            "joins_norms": bool(os.environ.get(NORMS)),
+        }
         opened: list[CudaDevice] = []
         try:
             for info in found:
                 runtime = CupyRuntime(int(info.name.removeprefix("cuda:")), options.gpu_memory)
-                halves, tensor_cores = options.prefill_weights == "half", bool(os.environ.get(TENSOR_CORES))
-                opened.append(CudaDevice(runtime, info, halves=halves, prompts_on_tensor_cores=tensor_cores))
+                opened.append(CudaDevice(runtime, info, **settings))
         except BaseException:
             for card in opened:
                 card.close()

@@ -52,7 +52,7 @@ struct Fiber {
     ucontext_t start;
     bool started = false, done = false;
     int warp_line = 0, block_line = 0;        // where it waits, 0 where it does not
-    unsigned warp_turns = 0, block_turns = 0;  // shuffles and barriers passed
+    unsigned warp_barriers = 0;                // passed
     size_t shared_bytes = 0;
     dim3 thread;
 };
@@ -159,13 +159,16 @@ inline void fiber_main() {
     }
 }
 
+inline void make_room() {
+    if (state.arena) return;
+    state.fibers.resize(MOST_THREADS);
+    state.warps.resize(MOST_THREADS / WARP);
+    state.stacks = (unsigned char *)malloc((size_t)MOST_THREADS * STACK);
+    state.arena = (unsigned char *)aligned_alloc(128, ARENA);
+}
+
 inline void prepare(int threads) {
-    if (state.fibers.empty()) {
-        state.fibers.resize(MOST_THREADS);
-        state.warps.resize(MOST_THREADS / WARP);
-        state.stacks = (unsigned char *)malloc((size_t)MOST_THREADS * STACK);
-        state.arena = (unsigned char *)aligned_alloc(128, ARENA);
-    }
+    make_room();
     state.threads = state.alive = threads;
     state.arrived = 0;
     for (auto &warp : state.warps) warp.arrived = 0;
@@ -230,6 +233,13 @@ inline void run_block(bool reverse) {
 template <class... A, size_t... I>
 void call(void (*kernel)(A...), void **arguments, std::index_sequence<I...>) {
     kernel(*(std::remove_reference_t<A> *)arguments[I]...);
+}
+
+// Which of its arguments point at what it may write: bit i of argument i.
+template <class... A> uint64_t writes(void (*)(A...)) {
+    uint64_t found = 0, bit = 1;
+    ((found |= std::is_pointer_v<A> && !std::is_const_v<std::remove_pointer_t<A>> ? bit : 0, bit <<= 1), ...);
+    return found;
 }
 
 // Runs a kernel; the error of its launch, or "".
@@ -300,7 +310,7 @@ inline void mma_16_8_16(float *d, const unsigned *a, unsigned b0, unsigned b1, i
 #define blockDim (emulator::state.block_size)
 #define gridDim (emulator::state.grid_size)
 #define __syncthreads() emulator::barrier(__LINE__)
-#define __syncwarp() (void)emulator::exchange(0, __LINE__)
+#define __syncwarp() (emulator::exchange(0, __LINE__), emulator::me().warp_barriers++)
 #define __shfl_xor_sync(mask, value, other) \
     emulator::shuffle((value), (emulator::state.current ^ (other)), __LINE__)
 #define __shfl_sync(mask, value, source) emulator::shuffle((value), (source), __LINE__)

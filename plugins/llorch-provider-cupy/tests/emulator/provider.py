@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 from llorch_provider_cupy.device import CudaDevice
 from llorch_provider_cupy.pipeline import Pipeline
 from llorch_provider_cupy.placed import Operations
-from llorch_provider_cupy.provider import card_names, together
+from llorch_provider_cupy.provider import NORMS, card_names, together
 
 from emulator.runtime import HostRuntime
 from llorch.providers import API_VERSION, DeviceInfo, DeviceOptions
@@ -34,8 +36,8 @@ class EmulatedProvider:
         options = options or DeviceOptions()
         known = {info.name: info for info in self.devices()}
         found = [known[name] for name in card_names(device or self.default)]
-        halves = options.prefill_weights == "half"
-        cards = [CudaDevice(HostRuntime(self.total, options.gpu_memory), info, halves=halves) for info in found]
+        settings = {"halves": options.prefill_weights == "half", "joins_norms": bool(os.environ.get(NORMS))}
+        cards = [CudaDevice(HostRuntime(self.total, options.gpu_memory), info, **settings) for info in found]
         return cards[0] if len(cards) == 1 else Pipeline(cards, together(found))
 
     def operations(self) -> Operations:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from llorch_provider_cupy.runtime import Gemm, Properties
 
 from llorch.providers import MemoryLimit
 
-HEADER = Path(__file__).with_name("cuda_on_host.h")
+HEADER, RACES = (Path(__file__).with_name(name) for name in ("cuda_on_host.h", "races.h"))
 CACHE = Path(__file__).parents[4] / ".cache" / "cuda-emulator"  # of the checkout; nothing else depends on it
 OPTIONS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-w")
 GUARD, ALIGNMENT, POISON = 512, 256, 0xFF
@@ -32,7 +33,9 @@ RUN = """
 extern "C" const char *run_{name}(const unsigned *sizes, void **arguments, const size_t *bytes, size_t count) {{
     return emulator::launch({name}, sizes, arguments, bytes, count);
 }}
+extern "C" uint64_t writes_{name}() {{ return emulator::writes({name}); }}
 """
+LOOK_FOR_RACES = bool(os.environ.get("LLORCH_EMULATOR_RACES"))  # it makes launches some ten times slower
 LAUNCHING = threading.Lock()  # an emulated card runs one kernel at a time, and all share their fibers
 
 
@@ -44,18 +47,29 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def build(program: Program, extra: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The program as a shared library, kept by all that it is made of."""
+def build(program: Program, *, races: bool = False) -> ctypes.CDLL:
+    """The program as a shared library, kept by all that it is made of. `races`: one that looks for them."""
     wrappers = "".join(RUN.format(name=name) for name in program.kernels)
-    options = (*OPTIONS, *extra, *program.defines, "-DEMULATED", "-include", str(HEADER))
+    headers = (HEADER, RACES) if races else (HEADER,)
+    options = (
+        *OPTIONS,
+        *program.defines,
+        "-DEMULATED",
+        *(word for path in headers for word in ("-include", str(path))),
+    )
+    options += ("-fsanitize=thread",) if races else ()
     source = program.source + wrappers
-    key = hashlib.sha256("\0".join([source, HEADER.read_text(), *options]).encode()).hexdigest()[:32]
-    library = CACHE / f"{program.name}-{key}.so"
+    texts = [source, *(path.read_text() for path in headers), *options]
+    library = CACHE / f"{program.name}-{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()[:32]}.so"
     if not library.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         temporary = library.with_suffix(f".{os.getpid()}")
-        command = [str(compiler()), *options, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(temporary)]
+        compiled = temporary.with_suffix(f"{temporary.suffix}.o")
+        command = [str(compiler()), *options, "-fPIC", "-x", "c++", "-c", "-", "-o", str(compiled)]
         subprocess.run(command, input=source, text=True, check=True)
+        # without the option, as its library is not wanted: races.h has the functions
+        subprocess.run([str(compiler()), "-shared", str(compiled), "-o", str(temporary)], check=True)
+        compiled.unlink()
         temporary.replace(library)
     return ctypes.CDLL(str(library))
 
@@ -82,10 +96,12 @@ class HostAllocation:
 class HostRuntime:
     properties = Properties("emulated card", (9, 0), 2, 1)
 
-    def __init__(self, total: int = 1 << 30, limit: MemoryLimit | None = None) -> None:
+    def __init__(self, total: int = 1 << 30, limit: MemoryLimit | None = None, *, races: bool = LOOK_FOR_RACES) -> None:
+        """`races`: a launch whose threads race is an error."""
         self.total = total if limit is None else limit.of(total)
         self.allocated: dict[int, tuple[int, npt.NDArray[np.uint8]]] = {}
         self.launched: list[str] = []  # names of kernels, for tests that ask which ran
+        self._races = races
         self._libraries: dict[Program, ctypes.CDLL] = {}
         self._recording: list[Callable[[], None]] | None = None
 
@@ -145,9 +161,13 @@ class HostRuntime:
 
     def function(self, program: Program, name: str) -> Any:
         if program not in self._libraries:
-            self._libraries[program] = build(program)
+            self._libraries[program] = build(program, races=self._races)
         function = getattr(self._libraries[program], f"run_{name}")
         function.restype = ctypes.c_char_p
+        function.watch = getattr(self._libraries[program], "watch_races", None)
+        writes = getattr(self._libraries[program], f"writes_{name}")
+        writes.restype = ctypes.c_uint64
+        function.writes = writes()
         function.name = f"{name} of {program}"
         return function
 
@@ -162,14 +182,27 @@ class HostRuntime:
         widths = (ctypes.c_size_t * len(values))(*(v.nbytes for v in values))
         sizes = (ctypes.c_uint * 6)(*grid, threads, 1, 1)
         with LAUNCHING:
+            if function.watch is not None:
+                self._watch(function, values)
             error = function(sizes, pointers, widths, ctypes.c_size_t(len(values)))
         self.launched.append(function.name)
         if error:
             raise EmulatorError(f"{function.name}: {error.decode()}")
-        for value in values:
-            # a count otherwise; some builds of Python have their memory at addresses that small
-            if value.dtype == np.uint64 and (value[0] >= 1 << 32 or self._holds(int(value[0]))):
-                self.check(int(value[0]))
+        for address in self._addresses(values):
+            self.check(address)
+
+    def _addresses(self, values: Sequence[npt.NDArray[Any]]) -> list[int]:
+        """Those among a kernel's arguments."""
+        # a count otherwise; some builds of Python have their memory at addresses that small
+        wide = (int(value[0]) for value in values if value.dtype == np.uint64)
+        return [value for value in wide if value >= 1 << 32 or self._holds(value)]
+
+    def _watch(self, function: Any, values: Sequence[npt.NDArray[Any]]) -> None:
+        written = {int(value[0]) for i, value in enumerate(values) if function.writes >> i & 1}
+        pieces = [
+            (at, at + size) for at, (size, _) in self.allocated.items() if any(at <= a < at + size for a in written)
+        ]
+        function.watch((ctypes.c_size_t * (2 * len(pieces)))(*itertools.chain(*pieces)), ctypes.c_size_t(len(pieces)))
 
     # ---- products ----
 

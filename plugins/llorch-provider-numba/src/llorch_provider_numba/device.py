@@ -20,7 +20,7 @@ from llorch.providers import (
     OpSpec,
 )
 from llorch.providers.host_memory import host_memory, left_over
-from llorch.providers.memory_limit import shown_bytes
+from llorch.providers.memory_limit import amount
 from llorch_provider_numba import compiler
 from llorch_provider_numba.forecast import scratch_bytes
 from llorch_provider_numba.formats import FORMATS, Format, groups_of, nbytes
@@ -100,7 +100,7 @@ class NumbaDevice:
                 "use a more strongly quantised model"
             )
         self._weights = Arena(need)
-        return f"weights: {shown_bytes(need)}, quantised as in the file, 16 rows side by side"
+        return f"weights: {amount(need)}, quantised as in the file, 16 rows side by side"
 
     def _arena_bytes(self, weights: Sequence[HostWeight]) -> int:
         return sum(self._size(weight) + LINE for weight in weights)

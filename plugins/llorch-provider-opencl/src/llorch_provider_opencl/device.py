@@ -22,7 +22,7 @@ from llorch.providers import (
     OpSpec,
 )
 from llorch.providers.host_memory import host_memory, left_over
-from llorch.providers.memory_limit import shown_bytes
+from llorch.providers.memory_limit import amount
 from llorch_provider_opencl.formats import FORMATS, ROWS_PER_GROUP, repacked
 from llorch_provider_opencl.memory import Buffer, Inputs, KVCache, Memory, Tensor, Weight, layer_bytes
 from llorch_provider_opencl.programs import Macros, Programs, source
@@ -121,7 +121,7 @@ class OpenCLDevice:
                 f"the weights take {need / 2**30:.2f} GiB on {self.info.description}, {free / 2**30:.2f} GiB are free: "
                 "use a more strongly quantised model or another device"
             )
-        return f"weights: {shown_bytes(need)}, quantised as in the file, rows side by side"
+        return f"weights: {amount(need)}, quantised as in the file, rows side by side"
 
     def _size(self, weight: HostWeight) -> int:
         return FORMATS[weight.type].nbytes(weight.shape) if len(weight.shape) == 2 else weight.nbytes

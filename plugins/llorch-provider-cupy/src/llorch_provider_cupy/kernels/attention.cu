@@ -2,7 +2,8 @@
 //
 // `attend_rows` takes any batch, after `append` has written its keys and values. `attend_1`,
 // `attend_2`, `attend_4` take steps of one query a sequence: the context is cut into splits (flash decoding), each of
-// which leaves a partial result for `combine`, and the token's own key is written by the way.
+// which leaves a partial result for `combine`, and the token's own key is written by the way. They can do their
+// neighbours' work too: rotate q and k as `rope` would, and round the result for the product behind them.
 
 #if CACHE_HALF
 typedef half_bits cached;
@@ -35,6 +36,18 @@ INLINED Eight load_eight(const cached *p) {
     e.v[4] = b.x; e.v[5] = b.y; e.v[6] = b.z; e.v[7] = b.w;
 #endif
     return e;
+}
+
+INLINED void store_eight(cached *p, const Eight &e) {
+#if CACHE_HALF
+    unsigned words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) words[i] = to_half(e.v[2 * i]) | (unsigned)to_half(e.v[2 * i + 1]) << 16;
+    *(uint4 *)p = make_uint4(words[0], words[1], words[2], words[3]);
+#else
+    ((float4 *)p)[0] = make_float4(e.v[0], e.v[1], e.v[2], e.v[3]);
+    ((float4 *)p)[1] = make_float4(e.v[4], e.v[5], e.v[6], e.v[7]);
+#endif
 }
 
 // Where a token's key or value of a head starts in the cache.
@@ -100,12 +113,68 @@ INLINED float score_of(const Eight &query, const Eight &key, float scale, float 
     return capped(sum * scale, soft_cap);
 }
 
+// How q and k are still to be rotated; not at all where `turns` is null.
+struct Rope {
+    const double *turns;
+    int pairs, halves;
+    float magnitude;
+};
+
+// A rotation of eight neighbouring dimensions: v cosine + (its partner) sine.
+struct Turns {
+    Eight sine, cosine;
+    int partner[8];
+};
+
+INLINED Turns turns_of(const Rope &rope, int position, int d) {
+    Turns found;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int dim = d + i, pair = rope.halves ? dim % rope.pairs : dim / 2;
+        found.sine.v[i] = 0.0f;
+        found.cosine.v[i] = 1.0f;
+        found.partner[i] = dim;
+        if (dim >= 2 * rope.pairs) continue;  // it passes unchanged
+        const bool first = rope.halves ? dim < rope.pairs : dim % 2 == 0;
+        const int apart = rope.halves ? rope.pairs : 1;
+        const Turn turn = turn_of(position, rope.turns[pair], rope.magnitude);
+        found.sine.v[i] = first ? -turn.sine : turn.sine;
+        found.cosine.v[i] = turn.cosine;
+        found.partner[i] = first ? dim + apart : dim - apart;
+    }
+    return found;
+}
+
+// Dimensions d .. d + 7 of a head, zeros behind its last.
+INLINED Eight load_row(const float *row, int d, bool inside, const Rope &rope, const Turns &turns) {
+    Eight found;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const bool there = inside && d + i < HEAD_DIM;
+        found.v[i] = there ? row[d + i] : 0.0f;
+        if (rope.turns && there)
+            found.v[i] = found.v[i] * turns.cosine.v[i] + row[turns.partner[i]] * turns.sine.v[i];
+    }
+    return found;
+}
+
+// Writes a dimension of a head's result, and where `numbers` is given rounds it too: by whole warps then, as heads of a
+// multiple of UNIT dimensions come.
+INLINED void finish_dim(float *out, signed char *numbers, Rounded *rounded, int token, int head, int heads, int dim,
+                        float total, float sum) {
+    const float value = sum > 0.0f ? total / sum : 0.0f;  // padding has no keys
+    const int column = head * HEAD_DIM + dim;
+    out[(size_t)token * heads * HEAD_DIM + column] = value;
+    if (numbers) round_unit(value, numbers, rounded, token, column / UNIT, heads * HEAD_DIM / UNIT);
+}
+
 // Blocks: x splits of the context, y groups of HEADS_HERE query heads that share a key head, z tokens.
 template <int HEADS_HERE>
-INLINED void attend(float *out, float *partial, float2 *softmax, const float *q, const float *k, const float *v,
-                    cached *keys, cached *values, const int *slots, const int *positions, const int *sequence_ids,
-                    const int *tables, int heads, int kv_heads, int block_size, int max_blocks, int split_length,
-                    int window, float scale, float soft_cap) {
+INLINED void attend(float *out, signed char *numbers, Rounded *rounded, float *partial, float2 *softmax, const float *q,
+                    const float *k, const float *v, cached *keys, cached *values, const int *slots,
+                    const int *positions, const int *sequence_ids, const int *tables, const Rope &rope, int heads,
+                    int kv_heads, int block_size, int max_blocks, int split_length, int window, float scale,
+                    float soft_cap) {
     const int token = blockIdx.z, split = blockIdx.x, per_key = heads / kv_heads;
     const int groups = (per_key + HEADS_HERE - 1) / HEADS_HERE;
     const int kv_head = blockIdx.y / groups, group = blockIdx.y % groups;
@@ -119,17 +188,37 @@ INLINED void attend(float *out, float *partial, float2 *softmax, const float *q,
     const bool inside = lane * 8 < PADDED_DIM;
     const int d = inside ? lane * 8 : 0;
 
+    Turns turns;
+    if (rope.turns) turns = turns_of(rope, position, d);
     Eight query[HEADS_HERE];
     Running state[HEADS_HERE];
 #pragma unroll
     for (int h = 0; h < HEADS_HERE; h++) {
-        const float *row = q + ((size_t)token * heads + first_head + min(h, count - 1)) * HEAD_DIM;
+        const size_t row = (size_t)token * heads + first_head + min(h, count - 1);
+        query[h] = load_row(q + row * HEAD_DIM, d, inside, rope, turns);
         state[h].largest = -INFINITY;
         state[h].sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            query[h].v[i] = inside && d + i < HEAD_DIM ? row[d + i] : 0.0f;
-            state[h].mixed.v[i] = 0.0f;
+        for (int i = 0; i < 8; i++) state[h].mixed.v[i] = 0.0f;
+    }
+    if (own) {  // before the loop, which needs the registers that `turns` takes
+        const size_t from = ((size_t)token * kv_heads + kv_head) * HEAD_DIM;
+        const Rope none = {};
+        Eight key = load_row(k + from, d, inside, rope, turns), value = load_row(v + from, d, inside, none, turns);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {  // as the cache will hold them
+            key.v[i] = from_cached(to_cached(key.v[i]));
+            value.v[i] = from_cached(to_cached(value.v[i]));
+        }
+#pragma unroll
+        for (int h = 0; h < HEADS_HERE; h++) {
+            const float score = score_of(query[h], key, scale, soft_cap);
+            if (stream == 0) take(state[h], score, value);
+        }
+        if (group == 0 && stream == 0 && inside) {
+            const size_t to = place(slots[token], kv_heads, kv_head, block_size) + d;
+            store_eight(keys + to, key);
+            store_eight(values + to, value);
         }
     }
     for (int base = begin; base < end; base += STREAMS * AHEAD) {
@@ -149,28 +238,6 @@ INLINED void attend(float *out, float *partial, float2 *softmax, const float *q,
                 const float score = score_of(query[h], key[a], scale, soft_cap);
                 if (base + a * STREAMS + stream < end) take(state[h], score, value[a]);
             }
-    }
-    if (own) {
-        const size_t from = ((size_t)token * kv_heads + kv_head) * HEAD_DIM;
-        Eight key, value;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {  // as the cache will hold them
-            const bool there = inside && d + i < HEAD_DIM;
-            key.v[i] = from_cached(to_cached(there ? k[from + d + i] : 0.0f));
-            value.v[i] = from_cached(to_cached(there ? v[from + d + i] : 0.0f));
-        }
-#pragma unroll
-        for (int h = 0; h < HEADS_HERE; h++) {
-            const float score = score_of(query[h], key, scale, soft_cap);
-            if (stream == 0) take(state[h], score, value);
-        }
-        if (group == 0) {
-            const size_t to = place(slots[token], kv_heads, kv_head, block_size);
-            for (int i = threadIdx.x; i < PADDED_DIM; i += THREADS) {
-                keys[to + i] = to_cached(i < HEAD_DIM ? k[from + i] : 0.0f);
-                values[to + i] = to_cached(i < HEAD_DIM ? v[from + i] : 0.0f);
-            }
-        }
     }
 
     SHARED(float, mixed, WARPS * HEADS_HERE * PADDED_DIM);
@@ -202,7 +269,7 @@ INLINED void attend(float *out, float *partial, float2 *softmax, const float *q,
         }
         const size_t row = (size_t)token * heads + first_head + h;
         if (gridDim.x == 1) {
-            out[row * HEAD_DIM + dim] = sum > 0.0f ? total / sum : 0.0f;  // padding has no keys
+            finish_dim(out, numbers, rounded, token, first_head + h, heads, dim, total, sum);
         } else {
             const size_t at = row * gridDim.x + split;
             partial[at * HEAD_DIM + dim] = total;
@@ -212,21 +279,29 @@ INLINED void attend(float *out, float *partial, float2 *softmax, const float *q,
 }
 
 #define ATTEND(HEADS_HERE)                                                                                            \
-    KERNEL(THREADS)                                                                                                   \
-    attend_##HEADS_HERE(float *out, float *partial, float2 *softmax, const float *q, const float *k, const float *v,  \
-                        cached *keys, cached *values, const int *slots, const int *positions,                         \
-                        const int *sequence_ids, const int *tables, int heads, int kv_heads, int block_size,          \
-                        int max_blocks, int split_length, int window, float scale, float soft_cap) {                  \
-        attend<HEADS_HERE>(out, partial, softmax, q, k, v, keys, values, slots, positions, sequence_ids, tables,      \
-                           heads, kv_heads, block_size, max_blocks, split_length, window, scale, soft_cap);           \
+    KERNEL_OF(THREADS, RESIDENT)                                                                                      \
+    attend_##HEADS_HERE(float *out, signed char *numbers, Rounded *rounded, float *partial, float2 *softmax,          \
+                        const float *q, const float *k, const float *v, cached *keys, cached *values,                 \
+                        const int *slots, const int *positions, const int *sequence_ids, const int *tables,           \
+                        const double *turns, int pairs, int halves, float magnitude, int heads, int kv_heads,         \
+                        int block_size, int max_blocks, int split_length, int window, float scale, float soft_cap) {  \
+        const Rope rope = {turns, pairs, halves, magnitude};                                                          \
+        attend<HEADS_HERE>(out, numbers, rounded, partial, softmax, q, k, v, keys, values, slots, positions,          \
+                           sequence_ids, tables, rope, heads, kv_heads, block_size, max_blocks, split_length, window, \
+                           scale, soft_cap);                                                                          \
     }
+
+// Blocks of a multiprocessor: attention.py cuts the context into as many as registers allow for the usual heads.
+#define RESIDENT (PADDED_DIM <= 128 && PADDED_DIM == LANES * 8 ? 4 : 3)
 
 ATTEND(1)
 ATTEND(2)
 ATTEND(4)
 
 // Blocks: x query heads, y tokens.
-KERNEL(THREADS) combine(float *out, const float *partial, const float2 *softmax, int heads, int splits) {
+KERNEL(THREADS)
+combine(float *out, signed char *numbers, Rounded *rounded, const float *partial, const float2 *softmax, int heads,
+        int splits) {
     const size_t row = (size_t)blockIdx.y * heads + blockIdx.x;
     float most = -INFINITY;
     for (int s = 0; s < splits; s++) most = fmaxf(most, softmax[row * splits + s].x);
@@ -238,7 +313,7 @@ KERNEL(THREADS) combine(float *out, const float *partial, const float2 *softmax,
             sum = fmaf(weight, state.y, sum);
             total = fmaf(weight, partial[(row * splits + s) * HEAD_DIM + dim], total);
         }
-        out[row * HEAD_DIM + dim] = sum > 0.0f ? total / sum : 0.0f;  // padding has no keys
+        finish_dim(out, numbers, rounded, blockIdx.y, blockIdx.x, heads, dim, total, sum);
     }
 }
 

@@ -2,13 +2,16 @@
 // With EMULATED, g++ compiles the same files for the tests' emulator.
 
 #ifdef EMULATED
-#define KERNEL(threads) extern "C" void
+#define KERNEL_OF(threads, resident) extern "C" void
 #else
-// one block a multiprocessor is promised: without it ptxas spills registers for blocks that may never come
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+// `resident`: blocks that a multiprocessor is to hold at once
+#define KERNEL_OF(threads, resident) extern "C" __global__ void __launch_bounds__(threads, resident)
 #define SHARED(type, name, count) __shared__ type name[count]
 #define INFINITY __int_as_float(0x7f800000)
 #endif
+
+// one is promised elsewhere: without it ptxas spills registers for blocks that may never come
+#define KERNEL(threads) KERNEL_OF(threads, 1)
 
 #define INLINED static __device__ __forceinline__
 #define ALL_LANES 0xffffffffu
@@ -82,6 +85,27 @@ INLINED void mma_16_8_16(float *d, const unsigned *a, unsigned b0, unsigned b1) 
 #endif
 }
 
+// ---- rotary embedding ----
+
+struct Turn {
+    float sine, cosine;
+};
+
+// `turns` is a pair's frequency in whole turns a position, in float64: a float32 angle is off at position 100,000.
+INLINED Turn turn_of(int position, double turns, float magnitude) {
+    double turn = position * turns;
+    turn -= floor(turn);
+    Turn found;
+    sincospif(2.0f * (float)turn, &found.sine, &found.cosine);
+    found.sine *= magnitude;
+    found.cosine *= magnitude;
+    return found;
+}
+
+INLINED float gated(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
+
+// ---- warps and blocks ----
+
 INLINED int lane_index() { return threadIdx.x & 31; }
 INLINED int warp_index() { return threadIdx.x >> 5; }
 
@@ -122,6 +146,12 @@ INLINED float block_max(float v, float *parts, int warps) {
 
 #define UNIT 32  // columns that share a scale
 
+#define PIECE 16  // bytes of a load
+
+// Where a unit's numbers lie: the first 16 of all units of a row, then the last 16 of all. Lanes that take neighbouring
+// units then load neighbouring bytes.
+INLINED size_t place_of_numbers(size_t row, int unit, int units) { return (row * 2 * units + unit) * PIECE; }
+
 // A unit's scale, the sum of its values before they were rounded, and the sums of its first and its last 16 numbers.
 struct __align__(16) Rounded {
     float scale, sum;
@@ -129,7 +159,7 @@ struct __align__(16) Rounded {
 };
 
 // One warp rounds one unit, a column a lane (zero where there is none): x is about scale * number, |number| <= 127.
-INLINED void round_unit(float value, signed char *numbers, Rounded *rounded, size_t unit) {
+INLINED void round_unit(float value, signed char *numbers, Rounded *rounded, size_t row, int unit, int units) {
     const float largest = warp_max(fabsf(value));
     const float scale = largest / 127.0f;
     const int number = scale > 0.0f ? __float2int_rn(value / scale) : 0;
@@ -138,13 +168,14 @@ INLINED void round_unit(float value, signed char *numbers, Rounded *rounded, siz
 #pragma unroll
     for (int other = 8; other > 0; other >>= 1) sum += __shfl_xor_sync(ALL_LANES, sum, other);
     const int high = __shfl_sync(ALL_LANES, sum, 16);
-    numbers[unit * UNIT + lane_index()] = (signed char)number;
+    const int half = lane_index() / PIECE;
+    numbers[place_of_numbers(row, unit, units) + (size_t)half * units * PIECE + lane_index() % PIECE] = (signed char)number;
     if (lane_index() == 0) {
         Rounded r;
         r.scale = scale;
         r.sum = exact;
         r.low = sum;
         r.high = high;
-        rounded[unit] = r;
+        rounded[row * units + unit] = r;
     }
 }

@@ -61,10 +61,11 @@ INLINED void accumulate(float (*sums)[TOKENS], const Matrix &m, int first, const
         for (int r = 0; r < ROWS; r++) u[r] = load_unit(m, min(first + r, m.rows - 1), unit);
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
-            const size_t at = (size_t)min(t, tokens - 1) * m.units + unit;
-            const int4 a = ((const int4 *)(x.numbers + at * UNIT))[0], b = ((const int4 *)(x.numbers + at * UNIT))[1];
+            const int token = min(t, tokens - 1);
+            const int4 *at = (const int4 *)(x.numbers + place_of_numbers(token, unit, m.units));
+            const int4 a = at[0], b = at[m.units];
             const int numbers[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-            const Rounded rounded = x.rounded[at];
+            const Rounded rounded = x.rounded[(size_t)token * m.units + unit];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) sums[r][t] += unit_product(u[r], numbers, rounded);
         }
@@ -76,6 +77,24 @@ INLINED void accumulate(float (*sums)[TOKENS], const Matrix &m, int first, const
         for (int t = 0; t < TOKENS; t++) sums[r][t] = warp_sum(sums[r][t]);
 }
 
+// What is left of a norm where the kernel before has rounded x times its weight, not yet divided by the root of the mean
+// square: a product is linear in its activations. `squares` are the sums of x^2 by units, null where x is whole.
+struct Norm {
+    const float *squares;
+    float eps;
+};
+
+// This lane's share of the sum of squares, to be loaded before a product's weights.
+INLINED float squares_here(const Norm &norm, int units) {
+    float sum = 0.0f;
+    for (int unit = lane_index(); norm.squares && unit < units; unit += 32) sum += norm.squares[unit];
+    return sum;
+}
+
+INLINED float norm_factor(const Norm &norm, float squares, int cols) {
+    return norm.squares ? 1.0f / sqrtf(warp_sum(squares) / cols + norm.eps) : 1.0f;
+}
+
 // One of the products of a launch; their blocks lie one after another.
 struct Part {
     float *out;
@@ -85,7 +104,7 @@ struct Part {
 };
 
 template <int TOKENS, int ROWS>
-INLINED void product(Part a, Part b, Part c, const Activations &x, int tokens, int cols, int units) {
+INLINED void product(Part a, Part b, Part c, const Activations &x, const Norm &norm, int tokens, int cols, int units) {
     const int rows_per_block = PRODUCT_WARPS * ROWS;
     const int blocks_a = (a.rows + rows_per_block - 1) / rows_per_block;
     const int blocks_b = (b.rows + rows_per_block - 1) / rows_per_block;
@@ -102,36 +121,40 @@ INLINED void product(Part a, Part b, Part c, const Activations &x, int tokens, i
     const int first = (block * PRODUCT_WARPS + warp_index()) * ROWS;
     if (first >= part.rows) return;  // whole warps
     const Matrix m = {part.weight, part.rows, units};
+    const float squares = squares_here(norm, units);
     float sums[ROWS][TOKENS];
     accumulate<TOKENS, ROWS>(sums, m, first, x, tokens, cols);
+    const float factor = norm_factor(norm, squares, cols);
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
         for (int t = 0; t < TOKENS; t++)
             if (lane_index() == (r * TOKENS + t) % 32 && first + r < part.rows && t < tokens) {
                 const int row = first + r;
-                part.out[(size_t)t * part.rows + row] = sums[r][t] + (part.bias ? part.bias[row] : 0.0f);
+                part.out[(size_t)t * part.rows + row] = sums[r][t] * factor + (part.bias ? part.bias[row] : 0.0f);
             }
 }
 
 template <int TOKENS, int ROWS>
 INLINED void gate_up(float *out, const byte *gate, const byte *up, const float *bias_gate, const float *bias_up,
-                     int rows, const Activations &x, int tokens, int cols, int units) {
+                     int rows, const Activations &x, const Norm &norm, int tokens, int cols, int units) {
     const int first = (blockIdx.x * PRODUCT_WARPS + warp_index()) * ROWS;
     if (first >= rows) return;  // whole warps
+    const float squares = squares_here(norm, units);
     float gates[ROWS][TOKENS], ups[ROWS][TOKENS];
     const Matrix gate_matrix = {gate, rows, units}, up_matrix = {up, rows, units};
     accumulate<TOKENS, ROWS>(gates, gate_matrix, first, x, tokens, cols);
     accumulate<TOKENS, ROWS>(ups, up_matrix, first, x, tokens, cols);
+    const float factor = norm_factor(norm, squares, cols);
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
         for (int t = 0; t < TOKENS; t++)
             if (lane_index() == (r * TOKENS + t) % 32 && first + r < rows && t < tokens) {
                 const int row = first + r;
-                const float g = gates[r][t] + (bias_gate ? bias_gate[row] : 0.0f);
-                const float u = ups[r][t] + (bias_up ? bias_up[row] : 0.0f);
-                out[(size_t)t * rows + row] = g / (1.0f + expf(-g)) * u;
+                const float g = gates[r][t] * factor + (bias_gate ? bias_gate[row] : 0.0f);
+                const float u = ups[r][t] * factor + (bias_up ? bias_up[row] : 0.0f);
+                out[(size_t)t * rows + row] = gated(g, u);
             }
 }
 
@@ -143,27 +166,89 @@ INLINED void gate_up(float *out, const byte *gate, const byte *up, const float *
 #define X_VALUE const Activations activations = {numbers, rounded}
 #endif
 
-#define PRODUCTS(TOKENS, ROWS)                                                                                  \
-    KERNEL(PRODUCT_THREADS)                                                                                     \
-    product_##TOKENS(X_ARGUMENTS, int tokens, int cols, int units, float *out_a, const byte *weight_a,          \
-                     const float *bias_a, int rows_a, float *out_b, const byte *weight_b, const float *bias_b,  \
-                     int rows_b, float *out_c, const byte *weight_c, const float *bias_c, int rows_c) {         \
-        X_VALUE;                                                                                                \
-        const Part a = {out_a, weight_a, bias_a, rows_a}, b = {out_b, weight_b, bias_b, rows_b};                \
-        const Part c = {out_c, weight_c, bias_c, rows_c};                                                       \
-        product<TOKENS, ROWS>(a, b, c, activations, tokens, cols, units);                                       \
-    }                                                                                                           \
-    KERNEL(PRODUCT_THREADS)                                                                                     \
-    gate_up_##TOKENS(X_ARGUMENTS, int tokens, int cols, int units, float *out, const byte *gate, const byte *up, \
-                     const float *bias_gate, const float *bias_up, int rows) {                                  \
-        X_VALUE;                                                                                                \
-        gate_up<TOKENS, ROWS>(out, gate, up, bias_gate, bias_up, rows, activations, tokens, cols, units);       \
+#define PRODUCTS(TOKENS, ROWS)                                                                                     \
+    KERNEL(PRODUCT_THREADS)                                                                                        \
+    product_##TOKENS(X_ARGUMENTS, const float *squares, float eps, int tokens, int cols, int units, float *out_a,  \
+                     const byte *weight_a, const float *bias_a, int rows_a, float *out_b, const byte *weight_b,    \
+                     const float *bias_b, int rows_b, float *out_c, const byte *weight_c, const float *bias_c,     \
+                     int rows_c) {                                                                                 \
+        X_VALUE;                                                                                                   \
+        const Part a = {out_a, weight_a, bias_a, rows_a}, b = {out_b, weight_b, bias_b, rows_b};                   \
+        const Part c = {out_c, weight_c, bias_c, rows_c};                                                          \
+        const Norm norm = {squares, eps};                                                                          \
+        product<TOKENS, ROWS>(a, b, c, activations, norm, tokens, cols, units);                                    \
+    }                                                                                                              \
+    KERNEL(PRODUCT_THREADS)                                                                                        \
+    gate_up_##TOKENS(X_ARGUMENTS, const float *squares, float eps, int tokens, int cols, int units, float *out,    \
+                     const byte *gate, const byte *up, const float *bias_gate, const float *bias_up, int rows) {   \
+        X_VALUE;                                                                                                   \
+        const Norm norm = {squares, eps};                                                                          \
+        gate_up<TOKENS, ROWS>(out, gate, up, bias_gate, bias_up, rows, activations, norm, tokens, cols, units);    \
     }
 
-PRODUCTS(1, 1)
+PRODUCTS(1, PLAIN ? 2 : 1)  // a plain row's columns are the larger part of what a lane loads: rows share them
 PRODUCTS(2, 2)
 PRODUCTS(4, 2)
 PRODUCTS(8, 2)
+
+// ---- products of one token that do their neighbours' work ----
+//
+// A block makes the rows of a unit, a warp each, so that it can round them for the product behind it.
+
+#define UNIT_THREADS (UNIT * 32)
+
+// o = W x + bias; stream += o; then stream * norm_weight, whole and rounded, and its squares, for a product that divides.
+KERNEL(UNIT_THREADS)
+product_norm(X_ARGUMENTS, int cols, int units, float *out, const byte *weight, const float *bias, float *stream,
+             const float *norm_weight, float *normed, signed char *next_numbers, Rounded *next_rounded,
+             float *next_squares) {
+    SHARED(float, values, UNIT);
+    X_VALUE;
+    const int first = blockIdx.x * UNIT, rows = gridDim.x * UNIT, row = first + warp_index();
+    const Matrix m = {weight, rows, units};
+    float sums[1][1];
+    accumulate<1, 1>(sums, m, row, activations, 1, cols);
+    if (lane_index() == 0) {
+        const float value = sums[0][0] + (bias ? bias[row] : 0.0f);
+        out[row] = value;
+        values[warp_index()] = stream[row] + value;
+    }
+    __syncthreads();
+    if (warp_index() > 0) return;
+    const int mine = first + lane_index();
+    const float sum = values[lane_index()], scaled = sum * norm_weight[mine];
+    stream[mine] = sum;
+    normed[mine] = scaled;
+    const float squares = warp_sum(sum * sum);
+    if (lane_index() == 0) next_squares[blockIdx.x] = squares;
+    if (next_numbers) round_unit(scaled, next_numbers, next_rounded, 0, blockIdx.x, gridDim.x);
+}
+
+KERNEL(UNIT_THREADS)
+gate_up_round(X_ARGUMENTS, const float *squares, float eps, int cols, int units, float *out, const byte *gate,
+              const byte *up, const float *bias_gate, const float *bias_up, signed char *next_numbers,
+              Rounded *next_rounded) {
+    SHARED(float, values, UNIT);
+    X_VALUE;
+    const int first = blockIdx.x * UNIT, rows = gridDim.x * UNIT, row = first + warp_index();
+    const Norm norm = {squares, eps};
+    const Matrix gate_matrix = {gate, rows, units}, up_matrix = {up, rows, units};
+    const float share = squares_here(norm, units);
+    float gates[1][1], ups[1][1];
+    accumulate<1, 1>(gates, gate_matrix, row, activations, 1, cols);
+    accumulate<1, 1>(ups, up_matrix, row, activations, 1, cols);
+    const float factor = norm_factor(norm, share, cols);
+    if (lane_index() == 0) {
+        const float g = gates[0][0] * factor + (bias_gate ? bias_gate[row] : 0.0f);
+        const float u = ups[0][0] * factor + (bias_up ? bias_up[row] : 0.0f);
+        values[warp_index()] = gated(g, u);
+    }
+    __syncthreads();
+    if (warp_index() > 0) return;
+    const float value = values[lane_index()];
+    out[first + lane_index()] = value;
+    round_unit(value, next_numbers, next_rounded, 0, blockIdx.x, gridDim.x);
+}
 
 // ---- values ----
 

@@ -30,7 +30,7 @@ rmsnorm(float *out, float *x, const float *y, const float *weight, signed char *
             value = x[at + i] * scale * weight[i];
             out[at + i] = value;
         }
-        if (numbers) round_unit(value, numbers, rounded, (size_t)blockIdx.x * units + unit);
+        if (numbers) round_unit(value, numbers, rounded, blockIdx.x, unit, units);
     }
 }
 
@@ -40,15 +40,13 @@ round_rows(signed char *numbers, Rounded *rounded, const float *x, int cols, int
     const int unit = blockIdx.x * (FLAT_THREADS / 32) + warp_index(), i = unit * UNIT + lane_index();
     if (unit >= units) return;  // whole warps
     const float value = i < cols ? x[(size_t)blockIdx.y * cols + i] : 0.0f;
-    round_unit(value, numbers, rounded, (size_t)blockIdx.y * units + unit);
+    round_unit(value, numbers, rounded, blockIdx.y, unit, units);
 }
 
 KERNEL(FLAT_THREADS) add(float *out, const float *x, const float *y, uint64 count) {
     const uint64 i = (uint64)blockIdx.x * FLAT_THREADS + threadIdx.x;
     if (i < count) out[i] = x[i] + y[i];
 }
-
-INLINED float gated(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }
 
 KERNEL(FLAT_THREADS) swiglu(float *out, const float *gate, const float *up, uint64 count) {
     const uint64 i = (uint64)blockIdx.x * FLAT_THREADS + threadIdx.x;

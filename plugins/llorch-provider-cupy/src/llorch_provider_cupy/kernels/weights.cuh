@@ -1,7 +1,8 @@
 // A matrix as formats.py lays it out: sections one after another, each [rows][...], quants before scales. A unit is 32
 // columns of a row. Quants of 4 to 6 bits: 16 bytes a unit, column c in the low half of byte c, column 16 + c in the
 // high half; further bits of column c in byte c % 4 of their word, bit (c / 4) (Q5_K) or bits 2 (c / 4 % 4) (Q6_K, a
-// word for each 16 columns). Loading a unit gives its 32 quants as bytes in eight words, in order of columns.
+// word for each 16 columns). Q8_0: a section of columns 0 to 15 of each unit, one of columns 16 to 31. Loading a unit
+// gives its 32 quants as bytes in eight words, in order of columns.
 
 struct Matrix {
     const byte *base;
@@ -55,7 +56,8 @@ struct Unit {
 #define QUANT_BYTES 16
 #elif defined(TYPE_Q8_0)
 #define OFFSET 0
-#define QUANT_BYTES 32
+#define QUANT_BYTES 16
+#define HIGH_BYTES 16
 #elif defined(TYPE_Q4_K)
 #define OFFSET 8
 #define QUANT_BYTES 16
@@ -84,7 +86,7 @@ INLINED Unit load_unit(const Matrix &m, int row, int unit) {
     Unit u;
     const uint4 raw = *(const uint4 *)(m.base + at * QUANT_BYTES);
 #if defined(TYPE_Q8_0)
-    const uint4 rest = *(const uint4 *)(m.base + at * QUANT_BYTES + 16);
+    const uint4 rest = *(const uint4 *)(m.base + count * QUANT_BYTES + at * HIGH_BYTES);
     u.quants[0] = raw.x; u.quants[1] = raw.y; u.quants[2] = raw.z; u.quants[3] = raw.w;
     u.quants[4] = rest.x; u.quants[5] = rest.y; u.quants[6] = rest.z; u.quants[7] = rest.w;
 #else
