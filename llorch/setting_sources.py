@@ -23,8 +23,8 @@ TOML = "llorch.toml"
 CONFIG = "config"  # the setting that names another file
 # of llorch.testing.faulty, of the tests and of the emulated card, of examples/clients
 OTHER_VARIABLES = {"faults", "shared", "emulator_races", "url", "key"}
-# what Kubernetes sets in every pod beside a Service whose name begins with "llorch-"
-SERVICE_LINK = re.compile(r"\w+_service_(host|port\w*)|\w+_port(_\d+_(tcp|udp|sctp)\w*)?")
+# what Kubernetes sets in every pod beside a Service whose name is "llorch" or begins with "llorch-": NAME=VALUE
+SERVICE_LINK = re.compile(r"(\w+_)?(service_(host|port\w*)=.*|port_\d+_(tcp|udp|sctp)\w*=.*|port=(tcp|udp|sctp)://.*)")
 OWN_CUTOFF, CUTOFF = 0.7, 0.6  # of difflib's ratio
 
 
@@ -81,7 +81,7 @@ def check_variables(settings: type[ps.BaseSettings], given: Collection[str]) -> 
     if foreign := there.keys() - own.keys() - OTHER_VARIABLES:
         known = known_keys()
         for key in sorted(foreign - known):
-            if not _is_anothers(key):
+            if not _is_anothers(key, os.environ[there[key]]):
                 raise SettingsError(f"{there[key]} is no setting{_variable_hint(key, own, known)}")
 
 
@@ -92,10 +92,10 @@ def _variable_hint(key: str, own: Collection[str], known: Collection[str]) -> st
     return re.sub(r"mean (\w+)", lambda found: f"mean {ENV_PREFIX}{found[1].upper()}", matched)
 
 
-def _is_anothers(key: str) -> bool:
+def _is_anothers(key: str, value: str) -> bool:
     """A provider's own, LLORCH_NUMBA_ISA of numba-cpu; or one that nobody set by hand."""
     first_words = {re.split(r"[-_]", point.name)[0].lower() for point in entry_points(group="llorch.providers")}
-    return key.split("_")[0] in first_words or SERVICE_LINK.fullmatch(key) is not None
+    return key.split("_")[0] in first_words or SERVICE_LINK.fullmatch(f"{key}={value}") is not None
 
 
 # ---- llorch.toml ----

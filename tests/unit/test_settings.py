@@ -190,6 +190,7 @@ def test_an_empty_variable_is_overruled_by_the_command_line(monkeypatch: pytest.
         ("LLORCH_SECRETS", "; did you mean LLORCH_SECRET?"),
         ("LLORCH_API_KEYS", "; did you mean LLORCH_API_KEY?"),  # of another command
         ("llorch_cache_typ", "; did you mean LLORCH_CACHE_TYPE?"),
+        ("LLORCH_SERVER_PORT", "; unset it, or see --help of the command for what there is"),  # no service link
         ("LLORCH_ZZZZ", "; unset it, or see --help of the command for what there is"),
     ],
 )
@@ -199,19 +200,20 @@ def test_a_variable_that_nothing_reads_is_a_typo(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "name",
+    "variable",
     [
-        "LLORCH_MAX_QUEUE",  # of another command
-        "LLORCH_FAULTS",
-        "LLORCH_URL",
-        "LLORCH_NUMPY_ANYTHING",  # of the provider numpy-cpu
-        "LLORCH_API_SERVICE_HOST",  # Kubernetes, beside a Service llorch-api
-        "LLORCH_API_SERVICE_PORT_HTTP",
-        "LLORCH_API_PORT_80_TCP_ADDR",
+        "LLORCH_MAX_QUEUE=1",  # of another command
+        "LLORCH_FAULTS=1",
+        "LLORCH_URL=1",
+        "LLORCH_NUMPY_ANYTHING=1",  # of the provider numpy-cpu
+        "LLORCH_SERVICE_HOST=10.0.0.1",  # Kubernetes, beside a Service llorch
+        "LLORCH_PORT_80_TCP_ADDR=10.0.0.1",
+        "LLORCH_API_SERVICE_PORT_HTTP=80",  # beside a Service llorch-api
+        "LLORCH_API_PORT=tcp://10.0.0.1:80",
     ],
 )
-def test_a_variable_of_another_reader_is_passed_over(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "1")
+def test_a_variable_of_another_reader_is_passed_over(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(*variable.split("="))
     demo()
 
 
