@@ -132,6 +132,25 @@ def test_a_broken_provider_is_an_error_under_all(environment) -> None:
     assert "no_such_module" in output
 
 
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        ("@hookimpl\n    def ad(self, spec): pass", "unknown hook 'ad'"),
+        ("@hookimpl\n    def add(self, specification): pass", "specification"),
+        ("def add_rmsnorm(self, spec): pass", "add_rmsnorm without @hookimpl"),
+    ],
+)
+def test_operations_that_cannot_be_registered_are_one_error_and_not_a_failure_of_every_test(
+    environment, operation, reason
+) -> None:
+    environment.install("unusable", operation=operation)
+    status, output = environment.pytest(*ADD_TESTS, "--provider", "unusable")
+    assert status == pytest.ExitCode.USAGE_ERROR
+    (line,) = (line for line in output.splitlines() if line.startswith("ERROR"))
+    assert line.startswith("ERROR: provider unusable: ")
+    assert reason in line
+
+
 def test_a_wrong_operation_fails_with_what_a_kernel_author_needs(environment) -> None:
     environment.install("wrong", operation=WRONG_ADD.strip())
     status, output = environment.pytest(*ADD_TESTS, "--provider", "wrong")

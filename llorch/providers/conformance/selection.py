@@ -82,6 +82,7 @@ class Selection:
         try:
             provider = registry.load(name)
             provider.devices()
+            registry.check_operations(provider)  # else every test would fail of it
         except LlorchError as error:
             raise pytest.UsageError(str(error)) from error
         self._providers[name] = provider
