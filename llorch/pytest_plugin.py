@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 _SELECTION: pytest.StashKey[Selection] = pytest.StashKey()
 DEFAULT = "numpy-cpu"
-# fixtures that are a weight type the device takes natively, and the uses it takes it for
-_TYPED: dict[str, tuple[Use, ...]] = {
-    "weight_type": ("matmul",),
-    "embed_type": ("embed",),
-    "tied_type": ("embed", "matmul"),
-    "plain_type": ("matmul",),
+PLAIN = ("F32", "F16", "BF16")
+COMMON = ("F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")  # what most models are of: enough of the largest sizes
+# fixtures that are a weight type the device takes natively: the uses it takes it for, and which types (None: all)
+_TYPED: dict[str, tuple[tuple[Use, ...], tuple[str, ...] | None]] = {
+    "weight_type": (("matmul",), None),
+    "embed_type": (("embed",), None),
+    "tied_type": (("embed", "matmul"), None),
+    "plain_type": (("matmul",), PLAIN),
+    "common_type": (("matmul",), COMMON),
+    "common_embed_type": (("embed",), COMMON),
 }
 
 
@@ -80,8 +84,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not typed:
         metafunc.parametrize("provider_name", selection.params(), scope="session")
         return
-    plain = typed[0] == "plain_type"
-    params = selection.typed_params(_TYPED[typed[0]], plain=plain)
+    params = selection.typed_params(*_TYPED[typed[0]])
     metafunc.parametrize(("provider_name", typed[0]), params, scope="session")
 
 

@@ -85,7 +85,7 @@ def test_a_wrong_operation_of_a_new_provider_fails_the_suite(tmp_path) -> None:
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, text=True, capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "20 failed" in done.stdout
+    assert "26 failed" in done.stdout
 
 
 def test_what_is_written_is_complete_and_named_after_the_provider(tmp_path) -> None:

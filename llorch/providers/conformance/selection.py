@@ -16,7 +16,6 @@ from llorch.providers.conformance.rig import Rig
 from llorch.providers.device import Provider
 from llorch.providers.spec import Use
 
-PLAIN = ("F32", "F16", "BF16")
 EXPECTED_FAILURES = "conformance-xfail.txt"
 
 
@@ -93,13 +92,13 @@ class Selection:
             pytest.param(name, marks=pytest.mark.skip(reason=reason)) for name, reason in self._absent.items()
         ]
 
-    def typed_params(self, uses: tuple[Use, ...], *, plain: bool) -> list[Any]:
-        """(provider, weight type) for every type that the provider's device takes for all these uses."""
+    def typed_params(self, uses: tuple[Use, ...], kinds: tuple[str, ...] | None) -> list[Any]:
+        """(provider, weight type) for every type, of these kinds, that the provider's device takes for all the uses."""
         found: list[Any] = []
         for name in self._providers:
             device = self.rig(name).device
             types = frozenset.intersection(*(frozenset(device.weight_types[use]) for use in uses))
-            chosen = [kind for kind in sorted(types) if kind in PLAIN or not plain]
+            chosen = [kind for kind in sorted(types) if kinds is None or kind in kinds]
             found += [pytest.param(name, kind, id=f"{name}-{kind}") for kind in chosen]
         absent = self._absent.items()
         return found + [pytest.param(name, "", marks=pytest.mark.skip(reason=reason)) for name, reason in absent]
