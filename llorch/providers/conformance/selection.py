@@ -62,6 +62,7 @@ class Selection:
         self._providers: dict[str, Provider] = {}
         self._absent: dict[str, str] = {}
         self._failures: dict[str, list[ExpectedFailure]] = {}
+        self._matched: set[ExpectedFailure] = set()
         if wanted == "all":
             self._take_all()
         else:
@@ -111,14 +112,32 @@ class Selection:
         provider = self._providers.get(name)
         if provider is None:  # it has no device: skipped already
             return []
+        expected = [failure for failure in self._expected(name) if failure.matches(test)]
+        self._matched.update(expected)
         if provider.api_version < needs:
             reason = f"the test needs provider API {needs}, {name} is built for {provider.api_version}"
             return [pytest.mark.skip(reason=reason)]
-        return [
-            pytest.mark.xfail(strict=True, reason=f"{failure.reason} ({failure.source})")
+        return [pytest.mark.xfail(strict=True, reason=f"{failure.reason} ({failure.source})") for failure in expected]
+
+    def check_expected_failures(self) -> None:
+        """Raises pytest.UsageError for the lines of expected failures that no test seen by `marks` matches.
+
+        A file that several providers share is looked at where all of them run.
+        """
+        lines = [
+            f"provider {name}, {failure.source}: {failure.pattern!r} matches no test of the suite: remove the line"
+            for name in self._providers
+            if self._sharing(name) <= self._providers.keys()
             for failure in self._expected(name)
-            if failure.matches(test)
+            if failure not in self._matched
         ]
+        if lines:
+            raise pytest.UsageError("\n".join(lines))
+
+    def _sharing(self, name: str) -> set[str]:
+        """The installed providers of its package, itself among them."""
+        packages = {other: entries[0].module.partition(".")[0] for other, entries in registry.installed().items()}
+        return {other for other, package in packages.items() if package == packages[name]}
 
     def _expected(self, name: str) -> list[ExpectedFailure]:
         if name not in self._failures:
