@@ -155,6 +155,18 @@ def test_operations_that_cannot_be_registered_are_one_error_and_not_a_failure_of
     assert reason in line
 
 
+def test_what_a_device_declares_wrongly_is_one_error_too(environment) -> None:
+    devices = "NumpyDevice.weight_types = {'embed': {'F32'}, 'matmul': {'Q4_O'}, 'vector': {'F32'}}\n"
+    devices += "        return super().devices()"
+    package = environment.install("undeclared", devices=devices)
+    source = (package / "__init__.py").read_text()
+    (package / "__init__.py").write_text(source.replace("import NumpyOps", "import NumpyDevice, NumpyOps"))
+    status, output = environment.pytest(*ADD_TESTS, "--provider", "undeclared")
+    assert status == pytest.ExitCode.USAGE_ERROR
+    assert "provider undeclared: weight_types of its device cpu has 'Q4_O' under 'matmul'" in output
+    assert "Traceback" not in output
+
+
 def test_the_suites_files_come_operations_first_and_whole_models_last(environment) -> None:
     _, output = environment.pytest("-q", "--collect-only", "--pyargs", "test_foreign.py", SUITE)
     names = [Path(line.split("::")[0]).stem for line in output.splitlines() if "::" in line]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from llorch.errors import LlorchError
+from llorch.core.opening import open_device
+from llorch.errors import BindError, LlorchError
 from llorch.providers import registry
 from llorch.providers.conformance.rig import Rig
 from llorch.providers.device import Provider
@@ -148,7 +149,10 @@ class Selection:
     def rig(self, name: str) -> Rig:
         if name not in self._rigs:
             provider = self._providers[name]
-            self._rigs[name] = Rig(provider, provider.open())
+            try:
+                self._rigs[name] = Rig(provider, open_device(provider))
+            except BindError as error:  # what it declares is wrong: one line, no traceback and no test
+                pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
         return self._rigs[name]
 
     def close(self) -> None:
