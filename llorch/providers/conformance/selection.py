@@ -151,8 +151,8 @@ class Selection:
             provider = self._providers[name]
             try:
                 self._rigs[name] = Rig(provider, open_device(provider))
-            except BindError as error:  # what it declares is wrong: one line, no traceback and no test
-                pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
+            except BindError as error:  # what it declares is wrong: one error, and no test
+                raise pytest.UsageError(str(error)) from error
         return self._rigs[name]
 
     def close(self) -> None:
