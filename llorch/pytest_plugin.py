@@ -18,12 +18,20 @@ if TYPE_CHECKING:
 
 _SELECTION: pytest.StashKey[Selection] = pytest.StashKey()
 DEFAULT = "numpy-cpu"
-# fixtures that are a weight type the device takes natively, and the uses it takes it for
-_TYPED: dict[str, tuple[Use, ...]] = {
-    "weight_type": ("matmul",),
-    "embed_type": ("embed",),
-    "tied_type": ("embed", "matmul"),
-    "plain_type": ("matmul",),
+SUITE = "llorch.providers.conformance"
+# its files: with -x a wrong kernel is shown by its own test, not by what is made of it
+ORDER = ("operations", "fused", "real_sizes", "attention", "device", "models", "models_cache")
+_NARROWING = ("keyword", "markexpr", "deselect", "lf")  # options that leave out a part of what was named
+PLAIN = ("F32", "F16", "BF16")
+COMMON = ("F32", "F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")  # what most models are of: enough of the largest sizes
+# fixtures that are a weight type the device takes natively: the uses it takes it for, and which types (None: all)
+_TYPED: dict[str, tuple[tuple[Use, ...], tuple[str, ...] | None]] = {
+    "weight_type": (("matmul",), None),
+    "embed_type": (("embed",), None),
+    "tied_type": (("embed", "matmul"), None),
+    "plain_type": (("matmul",), PLAIN),
+    "common_type": (("matmul",), COMMON),
+    "common_embed_type": (("embed",), COMMON),
 }
 
 
@@ -52,6 +60,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             mark = item.get_closest_marker("provider_api")
             for decorator in _selection(config).marks(name, item.name, mark.args[0] if mark else 1):
                 item.add_marker(decorator)
+    _order_the_suite(items)
+    narrowed = any(config.getoption(option, None) for option in _NARROWING)
+    if not narrowed and set(ORDER) <= {_suite_file(item) for item in items}:
+        _selection(config).check_expected_failures()
+
+
+def _order_the_suite(items: list[pytest.Item]) -> None:
+    """By ORDER, in the places that the suite's items have among others."""
+    places = [i for i, item in enumerate(items) if _suite_file(item) in ORDER]
+    ordered = sorted((items[i] for i in places), key=lambda item: ORDER.index(_suite_file(item)))
+    for i, item in zip(places, ordered, strict=True):
+        items[i] = item
+
+
+def _suite_file(item: pytest.Item) -> str:
+    """The name of its file as in ORDER, or "" of a test that is not the suite's."""
+    package, _, file = getattr(getattr(item, "module", None), "__name__", "").rpartition(".")
+    return file.removeprefix("test_") if package == SUITE else ""
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -80,8 +106,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not typed:
         metafunc.parametrize("provider_name", selection.params(), scope="session")
         return
-    plain = typed[0] == "plain_type"
-    params = selection.typed_params(_TYPED[typed[0]], plain=plain)
+    params = selection.typed_params(*_TYPED[typed[0]])
     metafunc.parametrize(("provider_name", typed[0]), params, scope="session")
 
 

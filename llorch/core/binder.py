@@ -11,7 +11,7 @@ from llorch.errors import BindError, LlorchError
 from llorch.providers.decompose import Decomposed, Decompositions
 from llorch.providers.device import Device
 from llorch.providers.hooks import register
-from llorch.providers.spec import OPTIONAL, REQUIRED, Kernel, OpSpec, Tensor
+from llorch.providers.spec import OPTIONAL, Kernel, OpSpec, Tensor
 
 
 class Binder:
@@ -89,7 +89,7 @@ class Binder:
             ]
             raise BindError(
                 f"provider {self.provider} declines {len(self.declined)} required operations of this model: "
-                f"{'; '.join(lines)}.{self._unmarked()} Choose another with --provider, see `llorch providers`"
+                f"{'; '.join(lines)}. Choose another with --provider, see `llorch providers`"
             )
         total = self.bound
         return f"{self.bound} of {total} operations bound ({self.fused} fused, {self.decomposed} decomposed)"
@@ -98,14 +98,6 @@ class Binder:
         """A factory that says no looks like one that forgot to say yes."""
         asked: bool = bool(getattr(self._manager.hook, operation).get_hookimpls())
         return "where its factory returned None (a forgotten `return`?)" if asked else "for which it has no factory"
-
-    def _unmarked(self) -> str:
-        names = [n for n in REQUIRED if hasattr(self._operations, n) and not _marked(self._operations, n)]
-        return f" It has {', '.join(names)} without @hookimpl." if names else ""
-
-
-def _marked(operations: object, name: str) -> bool:
-    return hasattr(getattr(operations, name), "llorch_impl")
 
 
 def _declined(*_args: Any) -> None:

@@ -201,7 +201,17 @@ class Device(Protocol):
 
 
 class Provider(Protocol):
-    """What an entry point of group `llorch.providers` yields. Light: it must load without its heavy imports."""
+    """What an entry point of group `llorch.providers` yields. Light: it must load without its heavy imports.
+
+    A provider may also have
+
+    - `options: frozenset[str]`: which of `DeviceOptions` it takes.
+    - `rounds_activations: bool`, False where it is not there: its products take the activations in fewer bits, such as
+      int8 or half. It sets what the conformance suite asks of products, in normalised mean squared error (NMSE, the
+      squared error over the squared exact values, both summed): at most 1e-10, what float32 gives, or 5e-4 where they
+      are rounded; of `gate_up_swiglu` ten times as much; of a whole model's logits at most 1e-8, or 1e-3. Other
+      operations, and the greedy tokens of whole models, are held to the same either way.
+    """
 
     @property
     def name(self) -> str: ...

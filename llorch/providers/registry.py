@@ -130,7 +130,7 @@ def _status(name: str, entries: Sequence[EntryPoint]) -> ProviderStatus:
     described |= origin | {"api_version": provider.api_version}
     try:
         devices = _devices(provider)
-        _check_operations(provider)
+        check_operations(provider)
         return ProviderStatus(**described, state="ok", devices=devices)
     except _BrokenError as error:
         return ProviderStatus(**described, state="broken", reason=str(error))
@@ -197,16 +197,19 @@ def _malformed(name: str, provider: Any) -> str | None:
     return None if provider.name == name else f"it calls itself {provider.name!r}, its entry point {name!r}"
 
 
-def _check_operations(provider: Provider) -> None:
-    """What would fail at every load: a misspelt hook, a required operation that is not there. Raises _BrokenError."""
+def check_operations(provider: Provider) -> None:
+    """Raises ProviderUnavailableError for what would fail at every load.
+
+    That is a misspelt hook or argument, an operation without its marker, a required one that is not there.
+    """
     try:
         absent = missing(register(provider.operations(), provider.name))
     except BindError as error:
         raise _BrokenError(str(error)) from error
     except (Exception, SystemExit) as error:
-        raise _BrokenError(f"operations() failed: {_reason(error)}") from error
+        raise _BrokenError(f"provider {provider.name}: operations() failed: {_reason(error)}") from error
     if absent:
-        raise _BrokenError(f"has no factory for {', '.join(absent)}, which every model needs (marked with @hookimpl?)")
+        raise _BrokenError(f"provider {provider.name} has no factory for {', '.join(absent)}, which every model needs")
 
 
 def _devices(provider: Provider) -> tuple[DeviceInfo, ...]:

@@ -22,6 +22,7 @@ from llorch.providers import (
     RopePairSpec,
     RopeSpec,
     Step,
+    TopkSpec,
     hookimpl,
     registry,
 )
@@ -95,7 +96,7 @@ def test_a_misspelt_hook_is_an_error_that_names_it() -> None:
         def rms_norm(self, spec: Any) -> Any:
             return None
 
-    with pytest.raises(BindError, match=r"acme.*rms_norm.*the operations are embed, rmsnorm"):
+    with pytest.raises(BindError, match=r"acme.*rms_norm.*; did you mean rmsnorm\? the operations are embed, rmsnorm"):
         bind(Misspelt())
 
 
@@ -116,6 +117,23 @@ def test_an_operation_newer_than_core_is_accepted_as_optional_hook() -> None:
             return None
 
     assert callable(bind(Newer()).bind("rmsnorm", NORM))
+
+
+@pytest.mark.parametrize("operation", ["rmsnorm", "add_rmsnorm"])
+def test_an_operation_without_hookimpl_is_an_error_that_names_it(operation) -> None:
+    class Unmarked(Ops):
+        pass
+
+    setattr(Unmarked, operation, lambda self, spec: None)
+    with pytest.raises(BindError, match=f"acme: {operation} without @hookimpl would never be asked: mark it"):
+        bind(Unmarked())
+
+
+def test_an_inherited_operation_can_be_taken_back() -> None:
+    class Less(Ops):
+        topk = None
+
+    assert bind(Less()).bind_if_offered("topk", TopkSpec(max_tokens=1, vocab=8, k=1)) is None
 
 
 # ---- binding ----
@@ -153,17 +171,6 @@ def test_declined_required_operations_fail_at_load_and_are_all_listed(load_with)
     assert "swiglu (5 sites, first blk.0.ffn_swiglu:" in message
     assert message.count("where its factory returned None (a forgotten `return`?)") == 2
     assert "--provider" in message
-
-
-def test_an_operation_without_hookimpl_is_named() -> None:
-    class Plain:
-        def rmsnorm(self, spec: Any) -> Any:
-            return None
-
-    binder = bind(Plain())
-    binder.bind("rmsnorm", NORM)
-    with pytest.raises(BindError, match=r"for which it has no factory\. It has rmsnorm without @hookimpl"):
-        binder.finish()
 
 
 def test_a_factory_that_raises_is_named_with_its_site() -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from llorch.providers import conformance
+from llorch.pytest_plugin import ORDER
+
 PROVIDER = """
 from llorch.providers import DeviceInfo, ProviderUnavailableError
 from llorch.providers.numpy_cpu import NumpyOps, NumpyProvider, hookimpl
@@ -84,6 +87,7 @@ def environment(tmp_path) -> Environment:
     return Environment(tmp_path)
 
 
+SUITE = "llorch.providers.conformance"
 ADD_TESTS = ("--pyargs", "llorch.providers.conformance.test_operations", "-k", "test_add_and_swiglu and 1-1")
 
 
@@ -132,6 +136,48 @@ def test_a_broken_provider_is_an_error_under_all(environment) -> None:
     assert "no_such_module" in output
 
 
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        ("@hookimpl\n    def ad(self, spec): pass", "unknown hook 'ad'"),
+        ("@hookimpl\n    def add(self, specification): pass", "specification"),
+        ("def add_rmsnorm(self, spec): pass", "add_rmsnorm without @hookimpl"),
+    ],
+)
+def test_operations_that_cannot_be_registered_are_one_error_and_not_a_failure_of_every_test(
+    environment, operation, reason
+) -> None:
+    environment.install("unusable", operation=operation)
+    status, output = environment.pytest(*ADD_TESTS, "--provider", "unusable")
+    assert status == pytest.ExitCode.USAGE_ERROR
+    (line,) = (line for line in output.splitlines() if line.startswith("ERROR"))
+    assert line.startswith("ERROR: provider unusable: ")
+    assert reason in line
+
+
+def test_what_a_device_declares_wrongly_is_one_error_too(environment) -> None:
+    devices = "NumpyDevice.weight_types = {'embed': {'F32'}, 'matmul': {'Q4_O'}, 'vector': {'F32'}}\n"
+    devices += "        return super().devices()"
+    package = environment.install("undeclared", devices=devices)
+    source = (package / "__init__.py").read_text()
+    (package / "__init__.py").write_text(source.replace("import NumpyOps", "import NumpyDevice, NumpyOps"))
+    status, output = environment.pytest(*ADD_TESTS, "--provider", "undeclared")
+    assert status == pytest.ExitCode.INTERRUPTED  # while tests are collected
+    assert "UsageError: provider undeclared: weight_types of its device cpu has 'Q4_O' under 'matmul'" in output
+    assert "1 error in" in output.splitlines()[-1]
+
+
+def test_the_suites_files_come_operations_first_and_whole_models_last(environment) -> None:
+    _, output = environment.pytest("-q", "--collect-only", "--pyargs", "test_foreign.py", SUITE)
+    names = [Path(line.split("::")[0]).stem for line in output.splitlines() if "::" in line]
+    assert list(dict.fromkeys(names)) == ["test_foreign", *(f"test_{name}" for name in ORDER)]
+    assert names == sorted(names, key=list(dict.fromkeys(names)).index), "a file's tests are together"
+    files = sorted(path.stem for path in Path(conformance.__path__[0]).glob("test_*.py"))
+    assert files == sorted(f"test_{name}" for name in ORDER)
+    assert ORDER[0] == "operations"
+    assert ORDER[-2:] == ("models", "models_cache")
+
+
 def test_a_wrong_operation_fails_with_what_a_kernel_author_needs(environment) -> None:
     environment.install("wrong", operation=WRONG_ADD.strip())
     status, output = environment.pytest(*ADD_TESTS, "--provider", "wrong")
@@ -154,3 +200,20 @@ def test_expected_failures_are_strict_and_need_a_reason(environment) -> None:
     status, output = environment.pytest(*ADD_TESTS, "--provider", "right")
     assert "has no reason; write `pattern  # reason`" in output
     assert status != 0
+
+
+def test_an_expected_failure_that_no_test_matches_is_named_where_the_whole_suite_is_collected(environment) -> None:
+    package = environment.install("right")
+    lines = "test_add_and_swiglu[right-1-1]  # matches\ntest_ad_and_swiglu*  # misspelt\n"
+    (package / "conformance-xfail.txt").write_text(lines)
+    collect = ("--collect-only", "-q", "--pyargs", "--provider", "right")
+    status, output = environment.pytest(*collect, SUITE)
+    assert status == pytest.ExitCode.USAGE_ERROR
+    assert "provider right, conformance-xfail.txt, line 2: 'test_ad_and_swiglu*' matches no test of the suite" in output
+    assert "line 1" not in output
+    for part in ((SUITE, "-k", "swiglu"), (f"{SUITE}.test_operations",)):
+        status, output = environment.pytest(*collect, *part)
+        assert (status, "matches no test" in output) == (0, False)
+    entries = environment.folder / "llorch_provider_right-1.0.dist-info" / "entry_points.txt"
+    entries.write_text(entries.read_text() + "other = right_package:other\n")  # whose tests the line may be about
+    assert environment.pytest(*collect, SUITE)[0] == 0

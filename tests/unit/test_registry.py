@@ -248,7 +248,7 @@ def test_a_named_provider_is_chosen_whatever_its_priority(site: Path) -> None:
 # ---- operations that would fail at every load ----
 
 OPERATIONS = {
-    "a misspelt hook": ("matmul_grop", "broken", "matmul_grop.*the operations are embed, rmsnorm"),
+    "a misspelt hook": ("matmul_grop", "broken", r"matmul_grop.*did you mean matmul_group\? the operations are embed"),
     "nothing but a right hook": ("matmul", "broken", "no factory for embed, rmsnorm, rope, attention"),
 }
 

@@ -68,26 +68,36 @@ class PagedSequences:
 
         `padded` rows are added behind the batch, with host ints as upper bounds, as in a captured step.
         """
+        found, queries = self._run(counts, padded)
+        expected = []
+        for s, q in queries.items():
+            exact_q, exact_k, exact_v = (a.astype(np.float64) for a in (q, self.keys[s], self.values[s]))
+            expected.append(oracle.attention(exact_q, exact_k, exact_v, len(exact_k) - len(exact_q), self.spec))
+        return found, np.concatenate(expected)
+
+    def grow(self, counts: dict[int, int]) -> None:
+        """A step whose result nobody looks at: the oracle would take long for a whole prompt."""
+        self._run(counts, 0)
+
+    def _run(self, counts: dict[int, int], padded: int) -> tuple[npt.NDArray[Any], dict[int, Float]]:
+        """What the kernel gave, and the queries of each sequence."""
         spec, tokens = self.spec, sum(counts.values())
         # row by row: a token's q, k and v do not depend on how many come after it
         drawn = self._normal(tokens + padded, spec.heads * spec.head_dim + 2 * self._width)
         q, k, v = np.split(drawn, [spec.heads * spec.head_dim, spec.heads * spec.head_dim + self._width], axis=1)
-        expected, at = [], 0
+        queries, at = {}, 0
         for s, count in counts.items():
-            first = len(self.keys[s])
-            self.keys[s] = np.concatenate([self.keys[s], k[at : at + count]])
-            self.values[s] = np.concatenate([self.values[s], v[at : at + count]])
-            exact_q, exact_k, exact_v = (
-                a.astype(np.float64) for a in (q[at : at + count], self.keys[s], self.values[s])
-            )
-            expected.append(oracle.attention(exact_q, exact_k, exact_v, first, spec))
+            here = slice(at, at + count)
+            queries[s] = q[here]
+            self.keys[s] = np.concatenate([self.keys[s], k[here]])
+            self.values[s] = np.concatenate([self.values[s], v[here]])
             at += count
-        batch = self._batch(counts, padded)
-        out = self.rig.output(tokens + padded, spec.heads * spec.head_dim)
-        tensors = [self.rig.tensor(array) for array in (q, k, v)]
-        layer = self.cache.layers[self._layer]
-        (found,) = self.rig.call(self._kernel, [out], lambda: self._kernel(out.tensor, *tensors, layer, batch), padded)
-        return found[:tokens], np.concatenate(expected)
+        out, (device_q, device_k, device_v) = self.rig.output(*q.shape), map(self.rig.input, (q, k, v))
+        layer, batch = self.cache.layers[self._layer], self._batch(counts, padded)
+        (found,) = self.rig.call(
+            self._kernel, spec, padded, out=out, q=device_q, k=device_k, v=device_v, cache=layer, batch=batch
+        )
+        return found[:tokens], queries
 
     def _normal(self, rows: int, width: int) -> Float:
         return self.rng.standard_normal((rows, width), dtype=np.float32)

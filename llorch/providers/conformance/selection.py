@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from llorch.errors import LlorchError
+from llorch.core.opening import open_device
+from llorch.errors import BindError, LlorchError
 from llorch.providers import registry
 from llorch.providers.conformance.rig import Rig
 from llorch.providers.device import Provider
 from llorch.providers.spec import Use
 
-PLAIN = ("F32", "F16", "BF16")
 EXPECTED_FAILURES = "conformance-xfail.txt"
 
 
@@ -63,6 +63,7 @@ class Selection:
         self._providers: dict[str, Provider] = {}
         self._absent: dict[str, str] = {}
         self._failures: dict[str, list[ExpectedFailure]] = {}
+        self._matched: set[ExpectedFailure] = set()
         if wanted == "all":
             self._take_all()
         else:
@@ -82,6 +83,7 @@ class Selection:
         try:
             provider = registry.load(name)
             provider.devices()
+            registry.check_operations(provider)  # else every test would fail of it
         except LlorchError as error:
             raise pytest.UsageError(str(error)) from error
         self._providers[name] = provider
@@ -92,13 +94,13 @@ class Selection:
             pytest.param(name, marks=pytest.mark.skip(reason=reason)) for name, reason in self._absent.items()
         ]
 
-    def typed_params(self, uses: tuple[Use, ...], *, plain: bool) -> list[Any]:
-        """(provider, weight type) for every type that the provider's device takes for all these uses."""
+    def typed_params(self, uses: tuple[Use, ...], kinds: tuple[str, ...] | None) -> list[Any]:
+        """(provider, weight type) for every type, of these kinds, that the provider's device takes for all the uses."""
         found: list[Any] = []
         for name in self._providers:
             device = self.rig(name).device
             types = frozenset.intersection(*(frozenset(device.weight_types[use]) for use in uses))
-            chosen = [kind for kind in sorted(types) if kind in PLAIN or not plain]
+            chosen = [kind for kind in sorted(types) if kinds is None or kind in kinds]
             found += [pytest.param(name, kind, id=f"{name}-{kind}") for kind in chosen]
         absent = self._absent.items()
         return found + [pytest.param(name, "", marks=pytest.mark.skip(reason=reason)) for name, reason in absent]
@@ -111,14 +113,32 @@ class Selection:
         provider = self._providers.get(name)
         if provider is None:  # it has no device: skipped already
             return []
+        expected = [failure for failure in self._expected(name) if failure.matches(test)]
+        self._matched.update(expected)
         if provider.api_version < needs:
             reason = f"the test needs provider API {needs}, {name} is built for {provider.api_version}"
             return [pytest.mark.skip(reason=reason)]
-        return [
-            pytest.mark.xfail(strict=True, reason=f"{failure.reason} ({failure.source})")
+        return [pytest.mark.xfail(strict=True, reason=f"{failure.reason} ({failure.source})") for failure in expected]
+
+    def check_expected_failures(self) -> None:
+        """Raises pytest.UsageError for the lines of expected failures that no test seen by `marks` matches.
+
+        A file that several providers share is looked at where all of them run.
+        """
+        lines = [
+            f"provider {name}, {failure.source}: {failure.pattern!r} matches no test of the suite: remove the line"
+            for name in self._providers
+            if self._sharing(name) <= self._providers.keys()
             for failure in self._expected(name)
-            if failure.matches(test)
+            if failure not in self._matched
         ]
+        if lines:
+            raise pytest.UsageError("\n".join(lines))
+
+    def _sharing(self, name: str) -> set[str]:
+        """The installed providers of its package, itself among them."""
+        packages = {other: entries[0].module.partition(".")[0] for other, entries in registry.installed().items()}
+        return {other for other, package in packages.items() if package == packages[name]}
 
     def _expected(self, name: str) -> list[ExpectedFailure]:
         if name not in self._failures:
@@ -129,7 +149,10 @@ class Selection:
     def rig(self, name: str) -> Rig:
         if name not in self._rigs:
             provider = self._providers[name]
-            self._rigs[name] = Rig(provider, provider.open())
+            try:
+                self._rigs[name] = Rig(provider, open_device(provider))
+            except BindError as error:  # what it declares is wrong: one error, and no test
+                raise pytest.UsageError(str(error)) from error
         return self._rigs[name]
 
     def close(self) -> None:

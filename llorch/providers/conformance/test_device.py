@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from llorch.providers.conformance.rig import Rig
+from llorch.providers.conformance.trial import empty
 from llorch.providers.conformance.weights import random_weight
 from llorch.providers.device import CacheSpec, Provider
 from llorch.providers.spec import AddSpec, MatmulSpec
@@ -22,6 +23,12 @@ def test_what_is_written_is_read_back(rig: Rig, rng: np.random.Generator) -> Non
         assert tuple(tensor.shape) == values.shape
         rig.device.read(tensor, found)
         np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_empty_is_of_the_dtype_that_was_asked_for(rig: Rig, dtype: str) -> None:
+    tensor = empty(rig.device, (2, 3), dtype)
+    assert tuple(tensor.shape) == (2, 3)
 
 
 def test_rows_are_a_view(rig: Rig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,7 @@ from llorch.providers.device import HostWeight
 from llorch.providers.spec import Use
 
 DISTINCT = 1 << 16  # blocks
+DISTINCT_ROWS = 61  # of a tall weight
 SMALLEST, LARGEST = 0.05, 4.0  # of a block's largest value: scales vary, and no block drowns the others
 
 
@@ -49,6 +52,18 @@ def random_weight(
     return HostWeight(
         name=name, shape=(rows, cols), type=type_name, data=random_blocks(rng, type_name, rows, cols), uses=uses
     )
+
+
+def repeated_weight(
+    rng: np.random.Generator, type_name: str, rows: int, cols: int, uses: frozenset[Use]
+) -> tuple[HostWeight, npt.NDArray[np.float64]]:
+    """A tall weight, cheaply: row i is row i % len(values) of the values, which are returned beside it.
+
+    Their number is odd, so that a row whose number was cut to fewer bits is another one.
+    """
+    few = random_weight(rng, type_name, min(rows, DISTINCT_ROWS), cols, uses)
+    data = np.resize(few.data.reshape(few.shape[0], -1), (rows, few.nbytes // few.shape[0]))
+    return replace(few, shape=(rows, cols), data=data.reshape(-1)), values_of(few)
 
 
 def values_of(weight: HostWeight) -> npt.NDArray[np.float64]:

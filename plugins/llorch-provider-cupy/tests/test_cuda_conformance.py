@@ -15,10 +15,12 @@ import pytest
 from conftest import NO_COMPILER
 from emulator.runtime import compiler
 
-WIDE = "not test_models and not matmul_shapes and not gate_up and not head_geometries"
+WIDE = "not test_models and not matmul_shapes and not gate_up and not head_geometries and not real_sizes"
 SELECTION = {
     "operations": f"{WIDE} and not test_attention and not test_device",
     "products": "(matmul_shapes and (257-768-7 or 48-512-33 or 1-256-2)) or (gate_up and offered)",
+    # without attention over thousands of keys: half a minute here, whose threads run one after another
+    "real sizes": "real_sizes and not thousands and (Q4_0 or Q6_K or not (matmul or gate_up))",
     "attention": f"test_attention and (({WIDE}) or (head_geometries and (8-1 or 6-3)))",
     "device": "test_device",
     "models": "(greedy_tokens_equal and (Q4_0 or Q6_K or F16)) or share_steps or (every_position and Q5_K)",
@@ -27,7 +29,7 @@ SELECTION = {
 
 PAIR = {
     "operations and device": "test_device or ((test_add or embed or topk or rope or tied) and (Q8_0 or not matmul) "
-    "and not test_models and not gate_up and not test_attention)",
+    "and not test_models and not gate_up and not test_attention and not real_sizes)",
     "models": "test_models and ((greedy_tokens_equal and tied) or share_steps)",
 }
 

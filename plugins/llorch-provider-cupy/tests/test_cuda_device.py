@@ -118,9 +118,9 @@ def test_halves_beside_the_weights_give_the_same_products(device: CudaDevice, ki
     for opened in (device, both):
         rig = Rig(EmulatedProvider(), opened)
         spec = MatmulSpec(max_tokens=16, rows=257, cols=256, type=kind)
-        kernel, out, w, device_x = rig.bind("matmul", spec), rig.output(9, 257), opened.weight(host), rig.tensor(x)
+        kernel, out, weight, device_x = rig.bind("matmul", spec), rig.output(9, 257), opened.weight(host), rig.input(x)
         opened.runtime.launched.clear()
-        results += rig.call(kernel, [out], lambda k=kernel, o=out, w=w, x=device_x: k(o.tensor, x, w, None))
+        results += rig.call(kernel, spec, out=out, x=device_x, w=weight, bias=None)
         ran = [name.split()[0] for name in opened.runtime.launched]
         assert ("to_half_values" in ran) == (opened is device)
     np.testing.assert_array_equal(*results)
@@ -259,9 +259,9 @@ def test_few_tokens_take_the_kernels_and_many_cublas(device: CudaDevice, kind: s
     rig, rng = Rig(EmulatedProvider(), device), np.random.default_rng(5)
     host, x = random_weight(rng, kind, 33, 256, frozenset({"matmul"})), rng.standard_normal((tokens, 256), np.float32)
     spec = MatmulSpec(max_tokens=16, rows=33, cols=256, type=kind)
-    kernel, out, weight, device_x = rig.bind("matmul", spec), rig.output(tokens, 33), device.weight(host), rig.tensor(x)
+    kernel, out, weight, device_x = rig.bind("matmul", spec), rig.output(tokens, 33), device.weight(host), rig.input(x)
     device.runtime.launched.clear()  # type: ignore[attr-defined]
-    (found,) = rig.call(kernel, [out], lambda: kernel(out.tensor, device_x, weight, None))
+    (found,) = rig.call(kernel, spec, out=out, x=device_x, w=weight, bias=None)
     compare(found, oracle.matmul(x.astype(np.float64), values_of(host)), ROUNDED, spec)
     ran = device.runtime.launched  # type: ignore[attr-defined]
     assert ("gemm" in ran) == (tokens > 8)
@@ -321,8 +321,8 @@ def test_values_beyond_halves_are_multiplied_as_float32(device: CudaDevice) -> N
     weight, x = device.weight(large), rng.standard_normal((12, 64), np.float32)
     assert (weight.kind, device.weight(host).kind) == ("f32", "f16")
     spec = MatmulSpec(max_tokens=16, rows=16, cols=64, type="Q8_0")
-    kernel, out, device_x = rig.bind("matmul", spec), rig.output(12, 16), rig.tensor(x)
-    (found,) = rig.call(kernel, [out], lambda: kernel(out.tensor, device_x, weight, None))
+    kernel = rig.bind("matmul", spec)
+    (found,) = rig.call(kernel, spec, out=rig.output(12, 16), x=rig.input(x), w=weight, bias=None)
     assert np.isfinite(found).all()
     compare(found, oracle.matmul(x.astype(np.float64), values_of(large)), ROUNDED, spec)
 

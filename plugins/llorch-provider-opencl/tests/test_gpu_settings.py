@@ -41,9 +41,8 @@ def test_products_with_shared_columns(gpu_rig: Rig, rng: np.random.Generator, ki
     spec = MatmulSpec(max_tokens=16, rows=50, cols=768, type=kind)
     assert Product(gpu_rig.device, spec).variant(tokens).splits == 2  # type: ignore[arg-type]
     host, x = random_weight(rng, kind, 50, 768, frozenset({"matmul"})), rng.standard_normal((tokens, 768), np.float32)
-    kernel, out = gpu_rig.bind("matmul", spec), gpu_rig.output(tokens, 50)
-    device_x, weight = gpu_rig.tensor(x), gpu_rig.device.weight(host)
-    (found,) = gpu_rig.call(kernel, [out], lambda: kernel(out.tensor, device_x, weight, None))
+    kernel, weight = gpu_rig.bind("matmul", spec), gpu_rig.device.weight(host)
+    (found,) = gpu_rig.call(kernel, spec, out=gpu_rig.output(tokens, 50), x=gpu_rig.input(x), w=weight, bias=None)
     compare(found, oracle.matmul(x.astype(np.float64), values_of(host)), EXACT, spec)
 
 
@@ -52,8 +51,8 @@ def test_a_row_is_the_same_alone_and_among_others(gpu_rig: Rig, rng: np.random.G
     weight = gpu_rig.device.weight(random_weight(rng, "Q4_K", 50, 768, frozenset({"matmul"})))
     x, kernel, rows = rng.standard_normal((11, 768), np.float32), gpu_rig.bind("matmul", spec), []
     for count in (1, 2, 3, 11):
-        out, device_x = gpu_rig.output(count, 50), gpu_rig.tensor(x[:count])
-        (found,) = gpu_rig.call(kernel, [out], lambda o=out, x=device_x: kernel(o.tensor, x, weight, None))
+        out, device_x = gpu_rig.output(count, 50), gpu_rig.input(x[:count])
+        (found,) = gpu_rig.call(kernel, spec, out=out, x=device_x, w=weight, bias=None)
         rows.append(found[0])
     for row in rows[1:]:
         np.testing.assert_array_equal(row, rows[0])
@@ -73,15 +72,15 @@ def test_norms_and_the_largest_in_work_groups(gpu_rig: Rig, rng: np.random.Gener
     add, norm = AddSpec(max_tokens=4, dim=333), RMSNormSpec(max_tokens=4, dim=333, eps=1e-5)
     spec = AddRMSNormSpec(max_tokens=4, add=add, norm=norm)
     x, y, w = (rng.standard_normal(shape, np.float32) for shape in ((3, 333), (3, 333), 333))
-    out, kernel = gpu_rig.output(3, 333), gpu_rig.bind("add_rmsnorm", spec)
-    residual, device_y, weight = gpu_rig.tensor(x), gpu_rig.tensor(y), gpu_rig.device.weight(vector("v", w))
-    out.fill(np.nan)
-    kernel(out.tensor, residual, device_y, weight)
-    compare(out.read(), oracle.rmsnorm(x.astype(np.float64) + y, w, 1e-5), EXACT, spec)
+    kernel, weight = gpu_rig.bind("add_rmsnorm", spec), gpu_rig.device.weight(vector("v", w))
+    found, _ = gpu_rig.call(
+        kernel, spec, out=gpu_rig.output(3, 333), x=gpu_rig.in_place(x), y=gpu_rig.input(y), weight=weight
+    )
+    compare(found, oracle.rmsnorm(x.astype(np.float64) + y, w, 1e-5), EXACT, spec)
 
     logits = np.round(rng.standard_normal((3, 5000), np.float32) * 4)  # many equals
-    values, ids, device_logits = gpu_rig.output(3, 1), gpu_rig.output(3, 1, dtype="int32"), gpu_rig.tensor(logits)
-    argmax = gpu_rig.bind("topk", TopkSpec(max_tokens=4, vocab=5000, k=1))
-    found = gpu_rig.call(argmax, [values, ids], lambda: argmax(values.tensor, ids.tensor, device_logits))
+    topk = TopkSpec(max_tokens=4, vocab=5000, k=1)
+    values, ids = gpu_rig.output(3, 1), gpu_rig.output(3, 1, dtype="int32")
+    found = gpu_rig.call(gpu_rig.bind("topk", topk), topk, values=values, ids=ids, logits=gpu_rig.input(logits))
     np.testing.assert_array_equal(found[1][:, 0], logits.argmax(axis=1))
     np.testing.assert_array_equal(found[0][:, 0], logits.max(axis=1))
