@@ -99,6 +99,7 @@ class HostRuntime:
     def __init__(self, total: int = 1 << 30, limit: MemoryLimit | None = None, *, races: bool = LOOK_FOR_RACES) -> None:
         """`races`: a launch whose threads race is an error."""
         self.total = total if limit is None else limit.of(total)
+        # iterated as a copy: what the garbage collector finds meanwhile takes itself out
         self.allocated: dict[int, tuple[int, npt.NDArray[np.uint8]]] = {}
         self.launched: list[str] = []  # names of kernels, for tests that ask which ran
         self._races = races
@@ -111,22 +112,22 @@ class HostRuntime:
         return HostAllocation(self, nbytes)
 
     def memory(self) -> tuple[int, int]:
-        return self.total, self.total - sum(nbytes for nbytes, _ in self.allocated.values())
+        return self.total, self.total - sum(nbytes for nbytes, _ in self.allocated.copy().values())
 
     def _view(self, address: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """Bytes within one allocation."""
-        for start, (size, memory) in self.allocated.items():
+        for start, (size, memory) in self.allocated.copy().items():
             if start <= address and address + nbytes <= start + size:
                 at = address - memory.ctypes.data
                 return memory[at : at + nbytes]
         raise EmulatorError(f"{nbytes} bytes at {address:#x} are not the device's")
 
     def _holds(self, address: int) -> bool:
-        return any(start <= address < start + size for start, (size, _) in self.allocated.items())
+        return any(start <= address < start + size for start, (size, _) in self.allocated.copy().items())
 
     def check(self, address: int) -> None:
         """The guards around what lies at an address."""
-        for start, (size, memory) in self.allocated.items():
+        for start, (size, memory) in self.allocated.copy().items():
             if start <= address < start + size:
                 before = start - memory.ctypes.data
                 if (memory[:before] != POISON).any() or (memory[before + size :] != POISON).any():
@@ -200,7 +201,7 @@ class HostRuntime:
     def _watch(self, function: Any, values: Sequence[npt.NDArray[Any]]) -> None:
         written = {int(value[0]) for i, value in enumerate(values) if function.writes >> i & 1}
         pieces = [
-            (at, at + size) for at, (size, _) in self.allocated.items() if any(at <= a < at + size for a in written)
+            (at, at + size) for at, (size, _) in self.allocated.copy().items() if any(at <= a < at + size for a in written)
         ]
         function.watch((ctypes.c_size_t * (2 * len(pieces)))(*itertools.chain(*pieces)), ctypes.c_size_t(len(pieces)))
 
