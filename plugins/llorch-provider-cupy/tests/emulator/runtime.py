@@ -201,7 +201,9 @@ class HostRuntime:
     def _watch(self, function: Any, values: Sequence[npt.NDArray[Any]]) -> None:
         written = {int(value[0]) for i, value in enumerate(values) if function.writes >> i & 1}
         pieces = [
-            (at, at + size) for at, (size, _) in self.allocated.copy().items() if any(at <= a < at + size for a in written)
+            (at, at + size)
+            for at, (size, _) in self.allocated.copy().items()
+            if any(at <= a < at + size for a in written)
         ]
         function.watch((ctypes.c_size_t * (2 * len(pieces)))(*itertools.chain(*pieces)), ctypes.c_size_t(len(pieces)))
 
