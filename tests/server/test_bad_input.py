@@ -129,9 +129,11 @@ def test_what_clients_write_makes_no_log_line_of_its_own(stories: Path, tmp_path
     command += ["--provider", "numpy-cpu", "--log-format", "console"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        lines = list(takewhile(lambda line: "load_s=" not in line, process.stdout))
-        url = re.search(r"uri=(\S+)", lines[0])
-        assert url is not None
+        started = "".join(takewhile(lambda line: "load_s=" not in line, process.stdout))
+        url = re.search(r" uri=(\S+)", started)
+        if url is None:
+            process.kill()  # or the block would wait for it
+            pytest.fail(started)
         with httpx.Client(base_url=url[1], trust_env=False) as client:
             client.get("/%0Aforged%0D%0Aforged%1B%5B31m%E2%80%A8forged")
             forged = "\nforged\r\nforged\x1b[31m\u2028forged"
