@@ -15,7 +15,7 @@ from llorch.providers.device import (
     Provider,
 )
 from llorch.providers.kept_files import KeptFiles
-from llorch.providers.memory_limit import MemoryLimit
+from llorch.providers.memory_limit import MemoryLimit, amount
 from llorch.providers.spec import (
     ACCEPTED_API_VERSIONS,
     API_VERSION,
@@ -82,5 +82,6 @@ __all__ = [
     "SwigluSpec",
     "Tensor",
     "TopkSpec",
+    "amount",
     "hookimpl",
 ]

@@ -55,6 +55,7 @@ SEAM = [
     "SwigluSpec",
     "Tensor",
     "TopkSpec",
+    "amount",
     "hookimpl",
 ]
 
@@ -62,6 +63,22 @@ SEAM = [
 def test_the_public_api_of_the_seam_is_what_it_was() -> None:
     assert sorted(llorch.providers.__all__) == sorted(SEAM)
     assert all(hasattr(llorch.providers, name) for name in SEAM)
+
+
+PUBLIC_TO_PROVIDERS = {"llorch.providers", "llorch.providers.array", "llorch.providers.host_memory"}
+
+
+def test_our_providers_import_what_anyone_may() -> None:
+    sources = [*ROOT.glob("plugins/*/src/**/*.py"), *ROOT.glob("examples/llorch-provider-*/**/*.py")]
+    assert len(sources) > 40
+    for path in sources:
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        for node in nodes:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            foreign = {name for name in names if name.split(".")[0] == "llorch"} - PUBLIC_TO_PROVIDERS
+            assert not foreign, f"{path}:{node.lineno} imports {foreign}"
 
 
 def test_the_public_api_of_the_package_is_what_it_was() -> None:

@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from cupy.cuda import runtime as cuda
 
-from llorch.providers import DeviceMemoryError, MemoryLimit, ProviderError
+from llorch.providers import DeviceMemoryError, MemoryLimit, ProviderError, amount
 from llorch_provider_cupy.compiler import Binaries, Nvrtc, cuda_library
 from llorch_provider_cupy.cublas import Cublas, workspace_bytes
-from llorch_provider_cupy.memory import size
 from llorch_provider_cupy.programs import Program
 from llorch_provider_cupy.runtime import Gemm, Properties
 
@@ -111,8 +110,8 @@ class CupyRuntime:
             if error.status == OUT_OF_MEMORY:
                 total, free = self.memory()
                 raise DeviceMemoryError(
-                    f"CUDA itself is out of memory on {self.properties.name} ({error}): {size(free)} of "
-                    f"{size(total)} are free for llorch: start with --gpu-memory and less than "
+                    f"CUDA itself is out of memory on {self.properties.name} ({error}): {amount(free)} of "
+                    f"{amount(total)} are free for llorch: start with --gpu-memory and less than "
                     f"{(total - free) / 2**30:.1f}GiB, which leaves more to others"
                 ) from error
             raise ProviderError(f"cupy-cuda: {self.properties.name} reports {error}: restart llorch") from error

@@ -18,6 +18,7 @@ from llorch.providers import (
     MemoryNeed,
     OpSpec,
     RopeSpec,
+    amount,
 )
 from llorch_provider_cupy import programs
 from llorch_provider_cupy.formats import FORMATS, LARGEST_HALF, UNIT
@@ -31,7 +32,6 @@ from llorch_provider_cupy.memory import (
     Weight,
     blocks_that_fit,
     cache_block_bytes,
-    size,
 )
 from llorch_provider_cupy.programs import Program
 from llorch_provider_cupy.runtime import Allocation, Plain, Runtime
@@ -126,19 +126,19 @@ class CudaDevice:
         """Raises DeviceMemoryError before anything is uploaded where the weights cannot fit."""
         need, free = sum(map(self._size, weights)), self.memory().free
         halves = sum(map(self._half_bytes, weights))
-        where = f"on {self.info.description}, {size(free)} are free"
+        where = f"on {self.info.description}, {amount(free)} are free"
         if need > free:
             raise DeviceMemoryError(
-                f"the weights take {size(need)} {where}, and no context would fit: use a more strongly "
+                f"the weights take {amount(need)} {where}, and no context would fit: use a more strongly "
                 "quantised model, a card with more memory, or several (--device cuda:0,1)"
             )
         if need + halves > free:
             raise DeviceMemoryError(
-                f"the weights take {size(need)} and their halves {size(halves)} {where}: "
+                f"the weights take {amount(need)} and their halves {amount(halves)} {where}: "
                 "start without --prefill-weights half"
             )
-        beside = f", and {size(halves)} of halves beside them" if self._halves else ""
-        return f"weights: {size(need)}, quantised as in the file, scales apart from quants{beside}"
+        beside = f", and {amount(halves)} of halves beside them" if self._halves else ""
+        return f"weights: {amount(need)}, quantised as in the file, scales apart from quants{beside}"
 
     def bytes_of(self, weight: HostWeight) -> int:
         """What a weight takes here, at most."""
@@ -220,7 +220,7 @@ class CudaDevice:
             fit = max(0, blocks_that_fit(spec, free, self.properties.piece) - 1) * spec.block_size
             tokens = (spec.blocks - 1) * spec.block_size
             raise DeviceMemoryError(
-                f"a KV cache of {tokens} tokens needs {size(need)}, {size(free)} are free on "
+                f"a KV cache of {tokens} tokens needs {amount(need)}, {amount(free)} are free on "
                 f"{self.info.description}: {fit} tokens would fit (--context times --parallel)"
             )
         return KVCache(self.runtime, self._memory, spec)

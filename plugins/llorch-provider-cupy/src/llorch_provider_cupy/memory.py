@@ -10,12 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llorch.providers import CacheSpec, DeviceMemoryError
+from llorch.providers import CacheSpec, DeviceMemoryError, amount
 from llorch_provider_cupy.runtime import Allocation, Plain, Runtime
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.2f} MiB"
 
 
 class Memory:
@@ -33,8 +29,8 @@ class Memory:
         except MemoryError as error:
             total, free = self._runtime.memory()
             raise DeviceMemoryError(
-                f"{what} needs {size(nbytes)} more on {self._runtime.properties.name}, "
-                f"{size(free)} of {size(total)} are free: use a smaller --chunk, --context or "
+                f"{what} needs {amount(nbytes)} more on {self._runtime.properties.name}, "
+                f"{amount(free)} of {amount(total)} are free: use a smaller --chunk, --context or "
                 "--parallel, or a more strongly quantised model"
             ) from error
         self._allocated.add(found)

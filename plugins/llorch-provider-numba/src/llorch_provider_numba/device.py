@@ -18,9 +18,9 @@ from llorch.providers import (
     MemoryInfo,
     MemoryNeed,
     OpSpec,
+    amount,
 )
 from llorch.providers.host_memory import host_memory, left_over
-from llorch.providers.memory_limit import amount
 from llorch_provider_numba import compiler
 from llorch_provider_numba.forecast import scratch_bytes
 from llorch_provider_numba.formats import FORMATS, Format, groups_of, nbytes

@@ -20,9 +20,9 @@ from llorch.providers import (
     MemoryInfo,
     MemoryNeed,
     OpSpec,
+    amount,
 )
 from llorch.providers.host_memory import host_memory, left_over
-from llorch.providers.memory_limit import amount
 from llorch_provider_opencl.formats import FORMATS, ROWS_PER_GROUP, repacked
 from llorch_provider_opencl.memory import Buffer, Inputs, KVCache, Memory, Tensor, Weight, layer_bytes
 from llorch_provider_opencl.programs import Macros, Programs, source
