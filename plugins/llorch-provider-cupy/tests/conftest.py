@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 from emulator.provider import EmulatedProvider
-from emulator.runtime import compiler
+from emulator.runtime import NO_COMPILER, compiler
 from llorch_provider_cupy.device import CudaDevice
 
 from llorch.providers.conformance.rig import Rig
-
-NO_COMPILER = "the emulated card needs g++: apt install g++"
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import NO_COMPILER
-from emulator.runtime import compiler
+from emulator.runtime import NO_COMPILER, compiler
 
 WIDE = "not test_models and not matmul_shapes and not gate_up and not head_geometries and not real_sizes"
 SELECTION = {

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from conftest import NO_COMPILER
-from emulator.runtime import EmulatorError, HostRuntime, build, compiler
+from emulator.runtime import NO_COMPILER, EmulatorError, HostRuntime, build, compiler
 from llorch_provider_cupy.programs import Program, program
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason=NO_COMPILER)

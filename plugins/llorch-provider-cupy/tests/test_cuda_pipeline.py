@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import NO_COMPILER
 from emulator.provider import EmulatedProvider, PairProvider
-from emulator.runtime import HostRuntime, compiler
+from emulator.runtime import NO_COMPILER, HostRuntime, compiler
 from llorch_provider_cupy.pipeline import Pipeline, split
 from llorch_provider_cupy.provider import card_names, together
 

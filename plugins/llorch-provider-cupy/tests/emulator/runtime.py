@@ -39,6 +39,9 @@ LOOK_FOR_RACES = bool(os.environ.get("LLORCH_EMULATOR_RACES"))  # it makes launc
 LAUNCHING = threading.Lock()  # an emulated card runs one kernel at a time, and all share their fibers
 
 
+NO_COMPILER = "the emulated card needs g++: apt install g++"
+
+
 class EmulatorError(AssertionError):
     """A kernel did what it must not."""
 
