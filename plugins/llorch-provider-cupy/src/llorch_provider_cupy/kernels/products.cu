@@ -31,14 +31,14 @@ INLINED void load_x(const float *x, int column, int cols, float *values) {
 #endif
 
 // sums[r][t] over the lane's own columns, of rows `first` .. first + ROWS - 1.
-template <int TOKENS, int ROWS>
+template <int TOKENS, int ROWS, int UNROLL = TOKENS == 1 ? 2 : 1>
 INLINED void accumulate(float (*sums)[TOKENS], const Matrix &m, int first, const Activations &x, int tokens, int cols) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) sums[r][t] = 0.0f;
 #if PLAIN
-#pragma unroll(TOKENS == 1 ? 2 : 1)
+#pragma unroll(UNROLL)
     for (int column = lane_index() * 8; column < m.units * UNIT; column += 256) {
         float w[ROWS][8];
 #pragma unroll
@@ -54,7 +54,7 @@ INLINED void accumulate(float (*sums)[TOKENS], const Matrix &m, int first, const
         }
     }
 #else
-#pragma unroll(TOKENS == 1 ? 2 : 1)
+#pragma unroll(UNROLL)
     for (int unit = lane_index(); unit < m.units; unit += 32) {
         Unit u[ROWS];
 #pragma unroll
@@ -196,6 +196,11 @@ PRODUCTS(8, 2)
 // A block makes the rows of a unit, a warp each, so that it can round them for the product behind it.
 
 #define UNIT_THREADS (UNIT * 32)
+#if defined(TYPE_Q5_K) || defined(TYPE_Q6_K)
+#define UNIT_UNROLL 1  // a block of this size leaves a thread 64 registers
+#else
+#define UNIT_UNROLL 2
+#endif
 
 // o = W x + bias; stream += o; then stream * norm_weight, whole and rounded, and its squares, for a product that divides.
 KERNEL(UNIT_THREADS)
@@ -207,7 +212,7 @@ product_norm(X_ARGUMENTS, int cols, int units, float *out, const byte *weight, c
     const int first = blockIdx.x * UNIT, rows = gridDim.x * UNIT, row = first + warp_index();
     const Matrix m = {weight, rows, units};
     float sums[1][1];
-    accumulate<1, 1>(sums, m, row, activations, 1, cols);
+    accumulate<1, 1, UNIT_UNROLL>(sums, m, row, activations, 1, cols);
     if (lane_index() == 0) {
         const float value = sums[0][0] + (bias ? bias[row] : 0.0f);
         out[row] = value;
@@ -235,8 +240,8 @@ gate_up_round(X_ARGUMENTS, const float *squares, float eps, int cols, int units,
     const Matrix gate_matrix = {gate, rows, units}, up_matrix = {up, rows, units};
     const float share = squares_here(norm, units);
     float gates[1][1], ups[1][1];
-    accumulate<1, 1>(gates, gate_matrix, row, activations, 1, cols);
-    accumulate<1, 1>(ups, up_matrix, row, activations, 1, cols);
+    accumulate<1, 1, UNIT_UNROLL>(gates, gate_matrix, row, activations, 1, cols);
+    accumulate<1, 1, UNIT_UNROLL>(ups, up_matrix, row, activations, 1, cols);
     const float factor = norm_factor(norm, share, cols);
     if (lane_index() == 0) {
         const float g = gates[0][0] * factor + (bias_gate ? bias_gate[row] : 0.0f);
