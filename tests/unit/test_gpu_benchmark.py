@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_a_model_of_random_weights_has_the_shape_and_type(kind: str, tmp_path: P
     assert {t.tensor_type.name for t in matrices} == {kind}
     assert sum(int(np.prod(t.shape)) for t in matrices) == shape.product_weights
     assert sum(int(t.n_bytes) for t in matrices) == gpu_limits.weight_bytes(shape.product_weights, kind)
+
+
+def test_the_hosts_part_of_a_step_is_measured_without_a_card() -> None:
+    pytest.importorskip("llorch_provider_cupy")
+    command = [sys.executable, str(BENCHMARKS / "gpu_host.py"), "--sequences", "3", "--tokens", "12", "--rounds", "2"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    found = [re.fullmatch(r" +(\d+) sequences: (\d+) us a step \(\d+ to \d+\)", line) for line in said.splitlines()]
+    assert [match[1] for match in found if match] == ["1", "3"]
+    assert all(int(match[2]) > 0 for match in found if match)
 
 
 def test_without_a_card_it_says_so_in_one_line() -> None:
