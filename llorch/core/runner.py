@@ -125,8 +125,12 @@ class Runner:
             raise kernel_error(self._graph.provider, site, error) from error
 
     def labels(self) -> dict[str, str]:
-        """The label of every value that a step writes on its way to the logits, and the operation that writes it."""
-        return {label: name for label, name in self._plans.operations().items() if name != "topk"}
+        """The label of every value that a step writes on its way to the logits, and the operation that writes it.
+
+        Without those of entries that the device has joined with others.
+        """
+        written = {label for entry in self._plans.body(1) + self._plans.head(1) for label, _ in entry.outputs}
+        return {label: name for label, name in self._plans.operations().items() if label in written}
 
     # ---- the batch ----
 

@@ -64,12 +64,8 @@ class _TerminalHandler(logging.StreamHandler[TextIO]):
         logging.Handler.__init__(self)
 
     @property
-    def stream(self) -> TextIO:
+    def stream(self) -> TextIO:  # type: ignore[override]  # as in logging's own handler of last resort
         return sys.stdout
-
-    @stream.setter
-    def stream(self, stream: TextIO) -> None:
-        raise NotImplementedError
 
 
 def _renderers(as_json: bool, colors: bool) -> list[structlog.types.Processor]:

@@ -373,6 +373,7 @@ def test_a_device_may_leave_out_what_a_neighbour_does(load_with) -> None:
     with llorch.load(shared("models", "stories260K.gguf"), provider="numpy-cpu") as plain:
         expected = plain.checkpoints(tokens, ["blk.0.attention", "output"])
     with load_with(NumpyOps(), Joining) as llm:
+        assert [label for label in llm.labels(fused=True) if "rope" in label] == []
         found = llm.checkpoints(tokens, ["blk.0.attention", "output"], fused=True)
         with pytest.raises(llorch.errors.InvalidRequestError, match="q_rope"):
             llm.checkpoints(tokens, ["blk.0.q_rope"], fused=True)

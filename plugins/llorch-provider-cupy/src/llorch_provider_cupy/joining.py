@@ -6,6 +6,7 @@ Between two launches of a recorded step a card waits some microseconds, and a st
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from llorch_provider_cupy.memory import Tensor
 
 
-class Joinable:
+class Joinable(ABC):
     """A kernel of a plan, and what it could share with its neighbours. Arguments are those of its entry there."""
 
     rope: RopeSpec | None = None  # where it rotates q and k, and does no more
@@ -38,9 +39,9 @@ class Joinable:
         """What it reads, where it can do a norm's division (`normed=eps`)."""
         return None
 
-    def changed(self, **_changes: Any) -> Joinable:
-        """Itself with such a change."""
-        raise NotImplementedError
+    @abstractmethod
+    def changed(self, **changes: Any) -> Joinable:
+        """Itself with such a change: one that it has offered."""
 
     def after(self, _rope: Joinable, *_args: Any) -> Joinable | None:
         """Itself, with the rotation right before it, which is then left out. None where it has no use for it."""

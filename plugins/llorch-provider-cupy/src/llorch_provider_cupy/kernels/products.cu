@@ -226,7 +226,7 @@ product_norm(X_ARGUMENTS, int cols, int units, float *out, const byte *weight, c
     normed[mine] = scaled;
     const float squares = warp_sum(sum * sum);
     if (lane_index() == 0) next_squares[blockIdx.x] = squares;
-    if (next_numbers) round_unit(scaled, next_numbers, next_rounded, 0, blockIdx.x, gridDim.x);
+    round_unit(scaled, next_numbers, next_rounded, 0, blockIdx.x, gridDim.x);
 }
 
 KERNEL(UNIT_THREADS)
